@@ -1,0 +1,13 @@
+"""Condition-hybrid parallel denoising: classifier-free-guided diffusion on several GPUs.
+
+Vocabulary: a *branch* (uncond, cond) is one of the two denoiser evaluations of a *step*. A FULL step evaluates both,
+one per rank; a PIPELINED step evaluates the network once, its layers split over the ranks in *stages*, and the guidance
+is estimated. The *discrepancy* of the branches decides when. Method: arXiv 2602.21760.
+
+Reading order: discrepancy, plan, guidance, partition, comm, executor, hybrid; then xdit/ for the strategy in xDiT.
+"""
+
+from .config import HybridConfig
+from .hybrid import apply_hybrid, last_report, remove_hybrid
+
+__all__ = ["HybridConfig", "apply_hybrid", "last_report", "remove_hybrid"]

@@ -1,0 +1,110 @@
+"""The few exchanges between the ranks, on a given process group.
+
+Predictions travel by collectives and boundaries point to point: on NCCL these are two communicators, so neither waits
+for the other, and on each of them every rank issues its operations in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .partition import tensors_of
+
+
+class Transfer:
+    """An asynchronous send or receive. `wait` blocks the device's stream (with NCCL), not the host."""
+
+    def __init__(self, comm: Comm, peer: int, tensor: torch.Tensor, work: Any) -> None:
+        self._comm, self._peer, self._tensor, self._work = comm, peer, tensor, work
+
+    def wait(self) -> torch.Tensor:
+        """Complete it and return the tensor."""
+        with self._comm.guard(self._peer):
+            self._work.wait()
+        return self._tensor
+
+
+class Comm:
+    """A process group of this strategy, and the bytes that this rank has sent on it.
+
+    Args:
+        group: the ranks in order of branch (rank 0 uncond, rank 1 cond); None is the default group.
+
+    Raises:
+        RuntimeError: from any exchange, naming the rank that did not answer (it died, or left the run).
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self.bytes_sent = 0
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's tensor (same shape and dtype on all), in order of rank."""
+        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        self.bytes_sent += tensor.nbytes * (self.size - 1)
+        with self.guard():
+            dist.all_gather(gathered, tensor, group=self.group)
+        return gathered
+
+    def broadcast(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
+        """Rank ``src``'s tensor; on the other ranks the given one is overwritten."""
+        if self.rank == src:
+            self.bytes_sent += tensor.nbytes * (self.size - 1)
+        with self.guard(src):
+            dist.broadcast(tensor, self._global_rank(src), group=self.group)
+        return tensor
+
+    def send(self, tensor: torch.Tensor, dst: int) -> Transfer:
+        """Start to send; the tensor must not change until the transfer is waited for."""
+        self.bytes_sent += tensor.nbytes
+        with self.guard(dst):
+            return Transfer(self, dst, tensor, dist.isend(tensor, self._global_rank(dst), group=self.group))
+
+    def receive(self, tensor: torch.Tensor, src: int) -> Transfer:
+        """Start to receive into ``tensor``."""
+        with self.guard(src):
+            return Transfer(self, src, tensor, dist.irecv(tensor, self._global_rank(src), group=self.group))
+
+    def _global_rank(self, rank: int) -> int:
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
+    @contextmanager
+    def guard(self, peer: int | None = None) -> Iterator[None]:
+        """Say which rank is missing when an exchange fails."""
+        try:
+            yield
+        except RuntimeError as error:
+            others = [peer] if peer not in (None, self.rank) else [r for r in range(self.size) if r != self.rank]
+            names = " or ".join(str(self._global_rank(rank)) for rank in others)
+            raise RuntimeError(
+                f"hybrid-cond: rank {names} did not answer rank {self._global_rank(self.rank)}: it died, or left the "
+                "run. Look for the first error in its log."
+            ) from error
+
+
+def checksum(value: Any) -> torch.Tensor:
+    """Order-sensitive checksum of the bits of every tensor in a nest: int64, shape [1], on the tensors' device.
+
+    Integer arithmetic, so that it does not depend on the order of summation and equal bits give equal sums.
+    """
+    total = None
+    for tensor in tensors_of(value):
+        width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+        bits = tensor.detach().contiguous().view(-1).view(width).to(torch.int64)
+        part = (bits * _weights(bits.numel(), bits.device)).sum().view(1)
+        total = part if total is None else total * 31 + part
+    assert total is not None, "nothing to sum"
+    return total
+
+
+@lru_cache(maxsize=16)
+def _weights(count: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(1, count + 1, device=device, dtype=torch.int64) * 2 + 1

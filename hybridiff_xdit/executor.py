@@ -1,0 +1,155 @@
+"""Runs this rank's part of a step. Owns every buffer and every pending transfer; waits at the point of use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from .comm import Comm, Transfer, checksum
+from .partition import Activation, Anatomy, Boundary, Inputs, Partition, Segment
+
+Branch = Literal["uncond", "cond"]
+
+
+class Exchange(NamedTuple):
+    """What a FULL step brings every rank: both predictions [B, ...], and whether the ranks' inputs differ (0-d bool)."""
+
+    pred_u: torch.Tensor
+    pred_c: torch.Tensor
+    drifted: torch.Tensor
+
+
+class Executor:
+    """Evaluates steps on a group of two ranks.
+
+    Args:
+        anatomy: the denoiser read as units.
+        comm: the group; rank 0 is uncond, rank 1 is cond.
+    """
+
+    def __init__(self, anatomy: Anatomy, comm: Comm) -> None:
+        self.anatomy = anatomy
+        self.comm = comm
+        #: Whether a PIPELINED step may follow. The same on every rank, which the boundary itself is not.
+        self.is_primed = False
+        self._partition: Partition | None = None
+        self._prediction: torch.Tensor | None = None  # of the last FULL step: shape and dtype of the next
+        self._boundary: Boundary | None = None
+        self._incoming: Transfer | None = None
+        self._outgoing: list[Transfer] = []
+        self._capture: Any = None
+
+    def prepare(self, inputs: Inputs) -> None:
+        """Choose the partition for one branch's inputs and watch its cut, so that a FULL step leaves its boundary."""
+        self.drain()
+        self._partition = self.anatomy.partition(inputs)
+        if self.comm.rank == self._partition.output_rank:
+            unit = self.anatomy.units[self._partition.cut]
+            self._capture = unit.module.register_forward_hook(
+                lambda module, args, output: setattr(self, "_boundary", unit.boundary(output))
+            )
+
+    def full(self, forward: Callable[..., Any], branches: dict[Branch, Inputs], inputs: Inputs) -> Exchange:
+        """Both branches, one per rank, then one exchange of [checksum of the inputs | prediction].
+
+        Args:
+            forward: the denoiser's own forward; the first item of what it returns is the prediction.
+            branches: the forward's arguments of each branch, batch B.
+            inputs: the arguments of both together, batch 2B, which every rank holds: ranks that drifted apart are
+                found by their checksum.
+        """
+        self._finish_transfers()
+        mine: Branch = "uncond" if self.comm.rank == 0 else "cond"
+        pred = forward(**branches[mine])[0].contiguous()
+        header = torch.zeros(2, dtype=torch.int64, device=pred.device)  # 16 bytes: the prediction stays aligned
+        header[:1] = checksum(inputs)
+        payload = torch.cat([header.view(torch.uint8), pred.view(-1).view(torch.uint8)])
+        gathered = self.comm.all_gather(payload)
+        sums = [part[:8].view(torch.int64) for part in gathered]
+        pred_u, pred_c = (part[16:].view(pred.dtype).view(pred.shape) for part in gathered)
+        self._prediction = pred
+        self.is_primed = True
+        return Exchange(pred_u, pred_c, (sums[0] != sums[1]).view(()))
+
+    def pipelined(self, branches: dict[Branch, Inputs], stage0_branch: Branch, *, hand_over: bool) -> torch.Tensor:
+        """One evaluation of the network in total, split over the ranks.
+
+        Args:
+            branches: the denoiser's arguments of each branch, batch B.
+            stage0_branch: the branch whose embeddings stage 0 has; stage 1 has cond's.
+            hand_over: whether the next step is PIPELINED too. If not, nobody will read this step's stage 0, and it is
+                not evaluated.
+
+        Returns:
+            The prediction on every rank, [B, C, H, W].
+        """
+        assert self.is_primed and self._partition is not None and self._prediction is not None
+        partition, rank = self._partition, self.comm.rank
+        stage1 = partition.output_rank
+        stale, activation = self._take_boundary(), None
+        pred = torch.empty_like(self._prediction)
+        with self.anatomy.lora_scale(branches["cond" if rank == stage1 else stage0_branch]) as inputs:
+            for index, segment in enumerate(partition.segments):
+                if not hand_over and segment.rank != stage1:
+                    continue
+                if segment.rank == rank:
+                    activation = activation or self.anatomy.start(inputs)
+                    if index > 0:
+                        activation.boundary = stale if segment.age else self._take_boundary()  # type: ignore[assignment]
+                    self._run(segment, activation)
+                if hand_over and index + 1 < len(partition.segments):
+                    self._cross(segment, partition.segments[index + 1], activation)
+            if rank == stage1:
+                assert activation is not None
+                pred = self.anatomy.prediction(activation).contiguous()
+        self.is_primed = hand_over
+        return self.comm.broadcast(pred, stage1)
+
+    def drain(self) -> None:
+        """Complete what is in flight and forget the run."""
+        self._finish_transfers()
+        if self._capture is not None:
+            self._capture.remove()
+        self._capture = self._partition = self._prediction = self._boundary = None
+        self.is_primed = False
+
+    def _run(self, segment: Segment, activation: Activation) -> None:
+        for unit in self.anatomy.units[segment.start : segment.stop]:
+            unit(activation)
+
+    def _cross(self, source: Segment, target: Segment, activation: Activation | None) -> None:
+        """Start the transfer of the boundary between two segments: one flat tensor."""
+        if self.comm.rank == source.rank:
+            assert activation is not None
+            flat = torch.cat([tensor.reshape(-1) for tensor in activation.boundary])
+            self._outgoing.append(self.comm.send(flat, target.rank))
+            if len(self._outgoing) > 1:  # the peer has read the one before: this frees its memory
+                self._outgoing.pop(0).wait()
+        else:
+            shapes = self._shapes(source)
+            count, dtype = sum(shape.numel() for shape, _ in shapes), shapes[0][1]
+            assert self._prediction is not None
+            buffer = torch.empty(count, dtype=dtype, device=self._prediction.device)
+            self._incoming = self.comm.receive(buffer, source.rank)
+            self._incoming_shapes = [shape for shape, _ in shapes]
+
+    def _shapes(self, segment: Segment) -> tuple[tuple[torch.Size, torch.dtype], ...]:
+        assert self._partition is not None
+        return self._partition.shapes[segment.stop - 1]
+
+    def _take_boundary(self) -> Boundary | None:
+        """The boundary that has arrived or was captured; it is used once."""
+        if self._incoming is not None:
+            parts = self._incoming.wait().split([shape.numel() for shape in self._incoming_shapes])
+            self._incoming = None
+            return tuple(part.view(shape) for part, shape in zip(parts, self._incoming_shapes, strict=True))
+        boundary, self._boundary = self._boundary, None
+        return boundary
+
+    def _finish_transfers(self) -> None:
+        self._take_boundary()
+        for transfer in self._outgoing:
+            transfer.wait()
+        self._outgoing.clear()

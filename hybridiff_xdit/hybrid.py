@@ -1,0 +1,388 @@
+"""Apply `hybrid-cond` to a diffusers pipeline, and take it off again.
+
+The pipeline's own loop, guidance, scheduler and callbacks stay as they are. Its denoiser is called as always with the
+CFG batch [uncond, cond]; the call is answered by the group of ranks with (pred_u, pred_c) in the same layout. The
+public verbs stand at the end of the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+import os
+import platform
+from dataclasses import asdict
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .comm import Comm, checksum
+from .config import HybridConfig
+from .discrepancy import rel_mae
+from .executor import Branch, Executor
+from .guidance import RULES, Mixed, Pair
+from .partition import Inputs, map_tensors, read, tensors_of
+from .plan import FULL, PIPELINED, Plan, Policy, StepKind, make_policy
+from .report import write_report
+
+logger = logging.getLogger(__name__)
+
+_SESSION = "_hybrid_cond"
+
+
+class _Run:
+    """State of one run: one call of the pipeline, one pass through the scheduler's timesteps."""
+
+    def __init__(self, num_steps: int, policy: Policy, rule: Mixed) -> None:
+        self.num_steps = num_steps
+        self.policy = policy
+        self.rule = rule
+        self.kinds: list[StepKind] = []
+        self.discrepancy: list[tuple[int, float]] = []
+        self.unread: list[tuple[int, torch.Tensor]] = []  # per FULL step [discrepancy, drifted], still on the device
+        self.is_guided = True
+
+    @property
+    def step(self) -> int:
+        return len(self.kinds)
+
+
+class _Session:
+    """`hybrid-cond` on one pipeline: three of its methods replaced, and the current run."""
+
+    def __init__(self, pipe: Any, config: HybridConfig, comm: Comm, model: str) -> None:
+        self.pipe, self.config, self.comm, self.model = pipe, config, comm, model
+        self.denoiser = denoiser_of(pipe)
+        self.anatomy = read(self.denoiser)
+        self.executor = Executor(self.anatomy, comm)
+        self.signature = inspect.signature(type(self.denoiser).forward)
+        self.run: _Run | None = None
+        self.report: dict[str, Any] | None = None
+        self._warned: set[str] = set()
+        self._bar: Any = None
+        self._undo: list[tuple[Any, str, Any]] = []
+        self.scheduler: Any = None
+        self.forward = self._replace(self.denoiser, "forward", self._forward)
+        self.progress_bar = self._replace(pipe, "progress_bar", self._progress_bar)
+        self._watch_scheduler()
+
+    def close(self) -> None:
+        """Put every replaced method back as it was."""
+        self.executor.drain()
+        for owner, name, before in reversed(self._undo):
+            if before is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+        self._undo.clear()
+
+    def _replace(self, owner: Any, name: str, method: Any) -> Any:
+        self._undo.append((owner, name, vars(owner).get(name)))
+        original = getattr(owner, name)
+        setattr(owner, name, method)
+        return original
+
+    def _watch_scheduler(self) -> None:
+        """A run begins where the scheduler's timesteps are set; the pipeline's scheduler may be another by then."""
+        self.scheduler = self.pipe.scheduler
+        original = self.scheduler.set_timesteps
+
+        def set_timesteps(*args: Any, **kwargs: Any) -> Any:
+            self.run = None
+            return original(*args, **kwargs)
+
+        self._replace(self.scheduler, "set_timesteps", set_timesteps)
+
+    def _progress_bar(self, *args: Any, **kwargs: Any) -> Any:
+        self._bar = self.progress_bar(*args, **kwargs)
+        return self._bar
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
+
+    # A step.
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = self.signature.bind(None, *args, **kwargs).arguments
+        inputs.pop("self")
+        if inputs.get("skip_layers") is not None:  # skip-layer guidance: a third evaluation within the step
+            return self.forward(*args, **kwargs)
+        if self.scheduler is not self.pipe.scheduler:
+            self._watch_scheduler()
+            self.run = None
+        if self.run is None:
+            self.run = self._begin(inputs)
+        run = self.run
+        if not run.is_guided or run.step >= run.num_steps:
+            return self.forward(*args, **kwargs)
+        if not self.pipe.do_classifier_free_guidance:  # a callback has turned the guidance off
+            run.kinds.append(FULL)
+            self.executor.is_primed = False
+            output = self.forward(*args, **kwargs)
+        else:
+            pred = torch.cat(self._evaluate(run, inputs))  # [2B, C, H, W]
+            output = (pred,) if inputs.get("return_dict") is False else self._output_class()(sample=pred)
+        if run.step == run.num_steps:
+            self._end(run)
+        return output
+
+    def _evaluate(self, run: _Run, inputs: Inputs) -> Pair:
+        """Answer one call of the denoiser, both branches at once."""
+        branches = _branches({**inputs, "return_dict": False})
+        step, kind = run.step, run.policy.kind(run.step)
+        # Guidance that was off for a step leaves nothing to go on from: every rank sees that and evaluates FULL.
+        if kind is PIPELINED and self.executor.is_primed:
+            hand_over = step + 1 < run.num_steps and run.policy.kind(step + 1) is PIPELINED
+            pred = self.executor.pipelined(branches, run.rule.stage0_branch, hand_over=hand_over)
+            pair = run.rule.pair(pred)
+        else:
+            kind = FULL
+            *pair_, drifted = self.executor.full(self.forward, branches, inputs)
+            pair = (pair_[0], pair_[1])
+            run.rule.observe(*pair)
+            run.unread.append((step, torch.stack([rel_mae(*pair), drifted.float()])))
+            # Reading makes the host wait for the GPU. Where nothing depends on the value yet, read the FULL step
+            # before this one, whose result is there or on its way while this step's kernels are already queued.
+            is_needed = run.policy.reads_discrepancy(step) or drifted.device.type == "cpu"
+            self._read(run, keep=0 if is_needed else 1)
+        run.kinds.append(kind)
+        self._show(run)
+        return pair
+
+    def _read(self, run: _Run, keep: int) -> None:
+        """Bring measurements to the host, but for the last ``keep``.
+
+        Every rank reads the same values at the same step (the exchange gave all ranks the same bits, and the ranks'
+        devices are of one type), so all raise or none, and all take the same decision.
+        """
+        while len(run.unread) > keep:
+            step, values = run.unread.pop(0)
+            discrepancy, drifted = values.tolist()
+            if drifted:
+                raise RuntimeError(
+                    f"hybrid-cond: at step {step} the ranks' latents or prompts are no longer the same. They drifted "
+                    "apart since the last FULL step: give every rank the same generator seed, scheduler, dtype and "
+                    "callbacks."
+                )
+            run.discrepancy.append((step, discrepancy))
+            if run.policy.reads_discrepancy(step):
+                run.policy.observe(step, discrepancy)
+
+    # A run.
+
+    def _begin(self, inputs: Inputs) -> _Run:
+        """Check that the ranks agree and that the configuration fits, before anything is evaluated."""
+        self.comm.bytes_sent = 0
+        self.report = None
+        num_steps = int(self.pipe.num_timesteps)
+        self._agree(inputs, num_steps)
+        config = self.config
+        assert config.policy is not None and config.guidance is not None
+        policy = make_policy(
+            config.policy, num_steps, self.anatomy.family, plan=config.plan, **config.paper_constants()
+        )
+        run = _Run(num_steps, policy, RULES[config.guidance]())
+        run.is_guided = bool(self.pipe.do_classifier_free_guidance)
+        if not run.is_guided:
+            self._warn("hybrid-cond: guidance is off (guidance_scale <= 1), so every rank evaluates the whole model.")
+        elif config.policy == "cfg":
+            self.executor.drain()
+        else:
+            self.anatomy.check_inputs(inputs)
+            self.executor.prepare(_branches(inputs)["cond"])
+        return run
+
+    def _agree(self, inputs: Inputs, num_steps: int) -> None:
+        """Compare what must be the same on every rank, by one small exchange whose size depends on nothing."""
+        pipe, denoiser = self.pipe, self.denoiser
+        tensors = dict(inputs)
+        noise = tensors.pop("sample" if "sample" in inputs else "hidden_states")
+        timesteps = pipe.scheduler.timesteps
+        weights = list(denoiser.parameters())
+        ends = (weights[0].flatten()[:4096], weights[-1].flatten()[:4096])
+        has = torch.device(noise.device).type
+        device = torch.cuda.get_device_name(noise.device) if has == "cuda" else platform.machine()
+        shapes = [(tuple(t.shape)) for t in tensors_of(inputs)]
+        dtypes = [str(t.dtype) for t in tensors_of(inputs)]
+        facts: dict[str, Any] = {
+            "guidance on or off (--guidance_scale)": bool(pipe.do_classifier_free_guidance),
+            "number of steps (--num_inference_steps)": num_steps,
+            "strategy (--hybrid_* flags)": str(self.config),
+            "model (--model)": (_settings(denoiser), len(weights)),
+            "model weights or adapters (--model)": checksum(ends),
+            "device type": device,
+            "dtypes": dtypes,
+            "number of prompts, pictures, or the resolution": shapes,
+            "scheduler": _settings(pipe.scheduler),
+            "timesteps": checksum(torch.as_tensor(timesteps)),
+            "initial noise (give every rank a generator with the same seed: --seed)": checksum(noise),
+            "prompts (--prompt, --negative_prompt)": checksum(tensors),
+        }
+        digests = [
+            fact.to(noise.device) if isinstance(fact, torch.Tensor) else _digest(fact).to(noise.device)
+            for fact in facts.values()
+        ]
+        gathered = torch.stack(self.comm.all_gather(torch.cat(digests))).tolist()
+        if differing := [name for name, *values in zip(facts, *gathered, strict=True) if len(set(values)) > 1]:
+            raise RuntimeError(
+                f"hybrid-cond: the ranks started with different {'; '.join(differing)}. "
+                "Start every rank with the same arguments."
+            )
+
+    def _end(self, run: _Run) -> None:
+        self._read(run, keep=0)
+        self.executor.drain()
+        plan = Plan(run.kinds)
+        mine = torch.tensor([self.comm.bytes_sent], device=next(self.denoiser.parameters()).device)
+        bytes_sent = [int(count) for count in self.comm.all_gather(mine)]
+        self.report = {
+            "model": self.model,
+            "config": {**asdict(self.config), "report": self.config.report and os.fspath(self.config.report)},
+            "num_steps": run.num_steps,
+            "plan": str(plan),
+            "discrepancy": [[step, value if value < float("inf") else None] for step, value in run.discrepancy],
+            "tau_1": run.policy.tau_1,
+            "tau_2": run.policy.tau_2,
+            "speedup_bound": plan.speedup_bound(),
+            "bytes_sent": bytes_sent,
+            "seconds_per_step": None,  # timing waits for the GPU: benchmarks/ measures it
+            "world_size": self.comm.size,
+            "versions": _versions(),
+        }
+        if self.config.report is not None and self.comm.rank == 0:
+            write_report(self.report, Path(self.config.report))
+
+    def _show(self, run: _Run) -> None:
+        if self._bar is not None:
+            plan = Plan(getattr(run.policy, "plan", run.kinds))
+            last = f", M={run.discrepancy[-1][1]:.3f}" if run.discrepancy else ""
+            self._bar.set_postfix_str(f"{plan.phase(run.step - 1).name} {run.kinds[-1].name}{last}", refresh=False)
+
+    def _output_class(self) -> Any:
+        """The class of the denoiser's output, for a caller that did not ask for a tuple."""
+        module = inspect.getmodule(type(self.denoiser))
+        return next(getattr(module, n) for n in ("UNet2DConditionOutput", "Transformer2DModelOutput") if hasattr(module, n))
+
+
+def denoiser_of(pipe: Any) -> torch.nn.Module:
+    """The pipeline's denoiser.
+
+    Raises:
+        ValueError: it has none, or does not do classifier-free guidance.
+    """
+    denoiser = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
+    if denoiser is None or not hasattr(type(pipe), "do_classifier_free_guidance"):
+        raise ValueError(
+            f"hybrid-cond needs a pipeline that does classifier-free guidance with a `unet` or a `transformer`; "
+            f"{type(pipe).__name__} is none."
+        )
+    return denoiser
+
+
+def _branches(inputs: Inputs) -> dict[Branch, Inputs]:
+    """The arguments of each branch, batch B, from those of both, batch 2B in the order uncond, cond."""
+    batch = next(tensors_of(inputs)).shape[0]
+    if batch % 2:
+        raise ValueError(f"hybrid-cond: guidance is on, but the denoiser's batch is {batch}, not [uncond, cond].")
+
+    def half(index: int) -> Inputs:
+        return map_tensors(
+            lambda t: t.chunk(2)[index] if t.ndim and t.shape[0] == batch else t,
+            inputs,
+        )
+
+    return {"uncond": half(0), "cond": half(1)}
+
+
+def _settings(component: Any) -> list[str]:
+    """Class and configuration of a diffusers component, without its private fields (paths, unordered sets)."""
+    fields = [f"{key}={value}" for key, value in component.config.items() if not key.startswith("_")]
+    return [type(component).__name__, *sorted(fields)]
+
+
+def _digest(fact: Any) -> torch.Tensor:
+    """63 bits of a value's text, as int64 of shape [1]; the same in every process, unlike `hash`."""
+    text = json.dumps(fact, default=str).encode()
+    return torch.tensor([int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1])
+
+
+@lru_cache(maxsize=1)
+def _versions() -> dict[str, str]:
+    packages = ("hybridiff_xdit", "torch", "diffusers", "transformers")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def apply_hybrid(
+    pipe: Any, config: HybridConfig | None = None, *, group: dist.ProcessGroup | None = None, model: str | None = None
+) -> Any:
+    """Make a pipeline run `hybrid-cond` on two ranks.
+
+    Call it on every rank (one process a GPU, under torchrun, after ``torch.distributed.init_process_group``) with the
+    pipeline on this rank's device, and then the pipeline with the same arguments and the same generator seed on every
+    rank; every rank returns the pictures. Applying again replaces the configuration.
+
+    Args:
+        pipe: a diffusers pipeline with classifier-free guidance: Stable Diffusion 3 and XL, 1.5 and 2.1, and their
+            image-to-image and inpainting relatives.
+        config: the strategy; default `HybridConfig()`, the published method.
+        group: two ranks, rank 0 of it uncond and rank 1 cond; default the default group.
+        model: name for the report; default the checkpoint the pipeline was loaded from.
+
+    Returns:
+        The pipeline.
+
+    Raises:
+        ValueError: the pipeline's denoiser is not understood, or the group has more than two ranks.
+        RuntimeError: (from the pipeline's call) the ranks differ in what must be the same, or one stopped answering.
+    """
+    config = config or HybridConfig()
+    remove_hybrid(pipe)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if not dist.is_initialized() and world_size > 1:
+        raise ValueError(
+            f"hybrid-cond: there are {world_size} processes, but no process group. Call "
+            "torch.distributed.init_process_group() before apply_hybrid()."
+        )
+    size = dist.get_world_size(group) if dist.is_initialized() else 1
+    if size > 2:
+        raise ValueError(
+            f"hybrid-cond runs on 2 ranks (one a branch), but the group has {size}. Start it with "
+            "--nproc_per_node 2, or pass group= with two ranks."
+        )
+    read(denoiser_of(pipe))
+    if config.report is not None:
+        Path(config.report).mkdir(parents=True, exist_ok=True)
+    if size == 1:
+        logger.warning("hybrid-cond needs two ranks and there is one: the pipeline runs as it always does.")
+        return pipe
+    name = model or getattr(pipe, "name_or_path", None) or type(pipe).__name__
+    setattr(pipe, _SESSION, _Session(pipe, config, Comm(group), str(name)))
+    return pipe
+
+
+def remove_hybrid(pipe: Any) -> Any:
+    """Take `hybrid-cond` off a pipeline, which then is as it was before. Nothing to do is no error."""
+    session = vars(pipe).get(_SESSION)
+    if session is not None:
+        session.close()
+        delattr(pipe, _SESSION)
+    return pipe
+
+
+def last_report(pipe: Any) -> dict[str, Any] | None:
+    """Report of the pipeline's last finished run under `hybrid-cond`; None where there is none.
+
+    Keys: ``model``, ``config``, ``num_steps``, ``plan`` (letters F and P), ``discrepancy`` (list of [step, value], None
+    where it is not finite), ``tau_1``, ``tau_2`` (None where the policy has none), ``speedup_bound``, ``bytes_sent``
+    (one count a rank), ``seconds_per_step`` (None where not measured), ``world_size``, ``versions``.
+    """
+    session = vars(pipe).get(_SESSION)
+    return None if session is None else session.report

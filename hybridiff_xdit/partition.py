@@ -1,0 +1,430 @@
+"""Stages as data, found from the structure of the denoiser and balanced by counted FLOPs.
+
+A denoiser is read as a list of *units* (a patch embedding, a resnet, an attention, a transformer block ...) that are
+run in order on an activation. A *segment* is a run of units that one rank evaluates on a PIPELINED step. Two shapes:
+
+    MMDiT   rank 0  [front]                    U-Net   rank 0             [inner]
+                        \\ 1                                          0 /        \\ 1
+            rank 1       [back] -> prediction          rank 1  [outer down]       [outer up] -> prediction
+
+The number on an edge is the **age in steps of the boundary** that crosses there:
+
+* MMDiT: the back of step i reads the boundary (image and text tokens) that the front made on step i-1: age 1.
+* U-Net: the inner part of step i reads the outer-down features of step i itself: age 0. The outer-up part of step i
+  reads the inner result of step i-1: age 1. Its skips are its own, of step i. Sending the features costs nothing on
+  the critical path (rank 0 has as long for the inner part as rank 1 has until it needs it on step i+1), makes the
+  boundary a step fresher than waiting for them a step would, and spares rank 0 a second evaluation of the outer down.
+* On the first PIPELINED step after a FULL one, the age-1 boundary is the one that rank 1 made itself on the FULL step,
+  with the cond embeddings; none is sent.
+
+The nesting of a U-Net is cut where the inner part reads inner skips only, so that one tensor crosses each way.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+Boundary = tuple[torch.Tensor, ...]
+Inputs = dict[str, Any]
+
+
+@dataclass
+class Activation:
+    """What flows through the units: the boundary so far, the skips, and the step's conditioning."""
+
+    boundary: Boundary
+    conditioning: dict[str, Any]
+    skips: list[torch.Tensor] = field(default_factory=list)
+
+
+class Unit(NamedTuple):
+    """One piece of the denoiser.
+
+    Attributes:
+        name: qualified name of `module` in the denoiser.
+        module: the piece's module; its output gives the boundary after the unit.
+        run: evaluates the module on an activation and returns its raw output.
+        boundary: the boundary after the unit, from the module's raw output.
+        pushes: the result is a skip for a later unit.
+        pops: the last skip is an input.
+        splits_after: a stage may end here.
+    """
+
+    name: str
+    module: nn.Module
+    run: Callable[[Activation], Any]
+    boundary: Callable[[Any], Boundary]
+    pushes: bool = False
+    pops: bool = False
+    splits_after: bool = True
+
+    def __call__(self, activation: Activation) -> None:
+        activation.boundary = self.boundary(self.run(activation))
+        if self.pushes:
+            activation.skips.append(activation.boundary[0])
+
+
+class Segment(NamedTuple):
+    """Units ``start`` up to ``stop`` on ``rank``, reading a boundary that is ``age`` steps old (0 for the first)."""
+
+    start: int
+    stop: int
+    rank: int
+    age: int
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The segments of a PIPELINED step in forward order, and the FLOPs of each rank's share."""
+
+    segments: tuple[Segment, ...]
+    flops: tuple[int, ...]
+    shapes: tuple[tuple[tuple[torch.Size, torch.dtype], ...], ...]  # of the boundary after each unit
+
+    @property
+    def output_rank(self) -> int:
+        """The rank whose segment ends in the prediction."""
+        return self.segments[-1].rank
+
+    @property
+    def cut(self) -> int:
+        """Index of the unit whose boundary the last segment reads, one step old."""
+        return self.segments[-1].start - 1
+
+
+class Anatomy(ABC):
+    """A denoiser read as units. Subclasses know one family's structure."""
+
+    family: ClassVar[str]
+    #: Inputs of the denoiser's forward that the units understand, and the one that holds the LoRA scale.
+    understood: ClassVar[frozenset[str]]
+    attention_kwargs: ClassVar[str]
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self.denoiser = denoiser
+        self.units = tuple(self._units())
+        self._partitions: dict[Any, Partition] = {}
+
+    @abstractmethod
+    def _units(self) -> Iterator[Unit]: ...
+
+    @abstractmethod
+    def start(self, inputs: Inputs) -> Activation:
+        """The activation before the first unit, from one branch's forward arguments (batch B)."""
+
+    @abstractmethod
+    def prediction(self, activation: Activation) -> torch.Tensor:
+        """The denoiser's output from the activation after the last unit, [B, C, H, W]."""
+
+    @abstractmethod
+    def _candidates(self) -> Iterator[tuple[Segment, ...]]:
+        """Every way to cut the units in two stages."""
+
+    def check_inputs(self, inputs: Inputs) -> None:
+        """Refuse what the units cannot evaluate, before a run begins.
+
+        Raises:
+            ValueError: an input such as a ControlNet residual is given.
+        """
+        for name, value in inputs.items():
+            if value is not None and name not in self.understood:
+                raise ValueError(
+                    f"hybrid-cond cannot split a {type(self.denoiser).__name__} that is called with {name}=: "
+                    "use --hybrid_policy cfg, or the pipeline without that feature."
+                )
+
+    @contextmanager
+    def lora_scale(self, inputs: Inputs) -> Iterator[Inputs]:
+        """The inputs without their LoRA scale, which is applied meanwhile (as the denoiser's forward does)."""
+        kwargs = dict(inputs.get(self.attention_kwargs) or {})
+        scale = kwargs.pop("scale", 1.0)
+        if USE_PEFT_BACKEND:
+            scale_lora_layers(self.denoiser, scale)
+        try:
+            yield {**inputs, self.attention_kwargs: kwargs or None}
+        finally:
+            if USE_PEFT_BACKEND:
+                unscale_lora_layers(self.denoiser, scale)
+
+    def partition(self, inputs: Inputs) -> Partition:
+        """The best partition in two for one branch's inputs: the smallest larger share, then the smallest boundary.
+
+        Cached by the inputs' shapes and dtypes.
+        """
+        key = tuple((t.shape, t.dtype) for t in tensors_of(inputs))
+        if key not in self._partitions:
+            flops, shapes = self._measure(inputs)
+            candidates = [
+                Partition(segments, _shares(segments, flops), shapes)
+                for segments in self._candidates()
+                if not any(s.stop < len(flops) and not self.units[s.stop - 1].splits_after for s in segments)
+            ]
+            if not candidates:
+                raise ValueError(f"{type(self.denoiser).__name__} is too shallow to be cut into 2 stages.")
+            size = lambda p: sum(shape.numel() for s in p.segments[:-1] for shape, _ in shapes[s.stop - 1])  # noqa: E731
+            self._partitions[key] = min(candidates, key=lambda p: (max(p.flops), size(p)))
+        return self._partitions[key]
+
+    def _measure(self, inputs: Inputs) -> tuple[list[int], tuple[Any, ...]]:
+        """FLOPs of each unit and the shapes of the boundary after it, by a run on fake tensors (no memory, no GPU)."""
+        flops, shapes = [], []
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake, self.lora_scale(inputs) as inputs:
+            inputs = map_tensors(fake.from_tensor, inputs)
+            with FlopCounterMode(display=False):
+                activation = self.start(inputs)
+            for unit in self.units:
+                with FlopCounterMode(display=False) as counter:
+                    unit(activation)
+                flops.append(counter.get_total_flops())
+                shapes.append(tuple((t.shape, t.dtype) for t in activation.boundary))
+        return flops, tuple(shapes)
+
+
+class MMDiT(Anatomy):
+    """SD3-type multimodal diffusion transformer (diffusers `SD3Transformer2DModel`)."""
+
+    family = "mmdit"
+    understood = frozenset({"hidden_states", "encoder_hidden_states", "pooled_projections", "timestep",
+                            "joint_attention_kwargs", "return_dict"})  # fmt: skip
+    attention_kwargs = "joint_attention_kwargs"
+    parts = ("pos_embed", "time_text_embed", "context_embedder", "transformer_blocks", "norm_out", "proj_out")
+
+    def check_inputs(self, inputs: Inputs) -> None:
+        super().check_inputs(inputs)
+        if "ip_adapter_image_embeds" in (inputs.get("joint_attention_kwargs") or {}):
+            raise ValueError("hybrid-cond cannot split an SD3 IP-Adapter: use --hybrid_policy cfg, or unload it.")
+
+    def _units(self) -> Iterator[Unit]:
+        model: Any = self.denoiser
+
+        def embed(x: Activation) -> Boundary:
+            latent, text = x.boundary
+            return model.pos_embed(latent).contiguous(), model.context_embedder(text)
+
+        # The embedding makes two tensors from two modules: no stage ends there.
+        yield Unit("pos_embed", model.pos_embed, embed, tuple, splits_after=False)
+        for i, block in enumerate(model.transformer_blocks):
+
+            def run(x: Activation, block: nn.Module = block) -> Any:
+                image, text = x.boundary  # [B, N, C], [B, S, C]
+                return block(hidden_states=image, encoder_hidden_states=text, **x.conditioning["block"])
+
+            # A block returns (text, image); the last one has no text left.
+            yield Unit(f"transformer_blocks.{i}", block, run, lambda out: tuple(t for t in out[::-1] if t is not None))
+
+        def out(x: Activation) -> torch.Tensor:
+            return model.proj_out(model.norm_out(x.boundary[0], x.conditioning["block"]["temb"]))
+
+        yield Unit("proj_out", model.proj_out, out, lambda out: (out,))
+
+    def start(self, inputs: Inputs) -> Activation:
+        model: Any = self.denoiser
+        latent = inputs["hidden_states"]
+        return Activation(
+            boundary=(latent, inputs["encoder_hidden_states"]),
+            conditioning={
+                "size": latent.shape[-2:],
+                "block": {
+                    "temb": model.time_text_embed(inputs["timestep"], inputs["pooled_projections"]),
+                    "joint_attention_kwargs": inputs.get("joint_attention_kwargs"),
+                },
+            },
+        )
+
+    def prediction(self, activation: Activation) -> torch.Tensor:
+        (tokens,) = activation.boundary  # [B, h * w, p * p * C]
+        p = self.denoiser.config.patch_size
+        h, w = (side // p for side in activation.conditioning["size"])
+        pred = tokens.reshape(tokens.shape[0], h, w, p, p, -1)
+        return torch.einsum("nhwpqc->nchpwq", pred).reshape(tokens.shape[0], -1, h * p, w * p)
+
+    def _candidates(self) -> Iterator[tuple[Segment, ...]]:
+        for cut in range(1, len(self.units)):
+            yield Segment(0, cut, 0, 0), Segment(cut, len(self.units), 1, 1)
+
+
+class UNet(Anatomy):
+    """Stable Diffusion's U-Net (diffusers `UNet2DConditionModel` of SDXL and SD 1.5/2.1)."""
+
+    family = "unet"
+    understood = frozenset({"sample", "timestep", "encoder_hidden_states", "class_labels", "timestep_cond",
+                            "cross_attention_kwargs", "added_cond_kwargs", "return_dict"})  # fmt: skip
+    attention_kwargs = "cross_attention_kwargs"
+    parts = ("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out", "get_time_embed", "get_aug_embed")
+    blocks = {"DownBlock2D", "CrossAttnDownBlock2D", "UNetMidBlock2DCrossAttn", "UpBlock2D", "CrossAttnUpBlock2D"}
+
+    def __init__(self, denoiser: Any) -> None:
+        blocks = [*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks]
+        if unknown := {type(block).__name__ for block in blocks} - self.blocks:
+            raise ValueError(
+                f"hybrid-cond does not understand a {type(denoiser).__name__} with {', '.join(sorted(unknown))}: "
+                f"it splits U-Nets made of {', '.join(sorted(self.blocks))}. Use xDiT's --parallel cfg."
+            )
+        super().__init__(denoiser)
+
+    def check_inputs(self, inputs: Inputs) -> None:
+        super().check_inputs(inputs)
+        if "gligen" in (inputs.get("cross_attention_kwargs") or {}):
+            raise ValueError("hybrid-cond cannot split GLIGEN: use --hybrid_policy cfg, or the plain pipeline.")
+        if any(getattr(block, "s1", None) for block in self.denoiser.up_blocks):
+            raise ValueError("hybrid-cond cannot split FreeU: use --hybrid_policy cfg, or pipe.disable_freeu().")
+
+    def _units(self) -> Iterator[Unit]:
+        model: Any = self.denoiser
+
+        def simple(name: str, module: nn.Module, *, splits_after: bool = True, **flags: bool) -> Unit:
+            return Unit(name, module, lambda x: module(x.boundary[0]), _alone, splits_after=splits_after, **flags)
+
+        def resnet(name: str, module: nn.Module, pops: bool = False, **flags: bool) -> Unit:
+            def run(x: Activation) -> Any:
+                (hidden,) = x.boundary
+                if pops:
+                    hidden = torch.cat([hidden, x.skips.pop()], dim=1)
+                return module(hidden, x.conditioning["temb"])
+
+            return Unit(name, module, run, _alone, pops=pops, **flags)
+
+        def attention(name: str, module: nn.Module, **flags: bool) -> Unit:
+            def run(x: Activation) -> Any:
+                return module(x.boundary[0], return_dict=False, **x.conditioning["attention"])
+
+            return Unit(name, module, run, tuple, **flags)
+
+        yield simple("conv_in", model.conv_in, pushes=True)
+        for i, block in enumerate(model.down_blocks):
+            name = f"down_blocks.{i}"
+            for j, (res, attn) in enumerate(_pairs(block)):
+                yield resnet(f"{name}.resnets.{j}", res, pushes=attn is None)
+                if attn is not None:
+                    yield attention(f"{name}.attentions.{j}", attn, pushes=True)
+            for j, down in enumerate(block.downsamplers or ()):
+                yield simple(f"{name}.downsamplers.{j}", down, pushes=True)
+
+        def mid(x: Activation) -> Any:
+            return model.mid_block(x.boundary[0], x.conditioning["temb"], **x.conditioning["attention"])
+
+        yield Unit("mid_block", model.mid_block, mid, _alone)
+        for i, block in enumerate(model.up_blocks):
+            name = f"up_blocks.{i}"
+            for j, (res, attn) in enumerate(_pairs(block)):
+                yield resnet(f"{name}.resnets.{j}", res, pops=True)
+                if attn is not None:
+                    yield attention(f"{name}.attentions.{j}", attn)
+            for j, up in enumerate(block.upsamplers or ()):
+
+                def run(x: Activation, up: nn.Module = up) -> Any:
+                    # For sides that are no multiple of the downsampling, the next skip gives the size.
+                    size = x.skips[-1].shape[2:] if x.conditioning["odd_size"] else None
+                    return up(x.boundary[0], size)
+
+                # The size is the outer part's to know, and before upsampling the boundary is four times smaller.
+                yield Unit(f"{name}.upsamplers.{j}", up, run, _alone, splits_after=False)
+
+        def out(x: Activation) -> Any:
+            (hidden,) = x.boundary
+            if model.conv_norm_out:
+                hidden = model.conv_act(model.conv_norm_out(hidden))
+            return model.conv_out(hidden)
+
+        yield Unit("conv_out", model.conv_out, out, _alone)
+
+    def start(self, inputs: Inputs) -> Activation:
+        model: Any = self.denoiser
+        sample, text, added = inputs["sample"], inputs["encoder_hidden_states"], inputs.get("added_cond_kwargs")
+        odd_size = any(side % 2**model.num_upsamplers for side in sample.shape[-2:])
+        if model.config.center_input_sample:
+            sample = 2 * sample - 1.0
+        temb = model.time_embedding(model.get_time_embed(sample, inputs["timestep"]), inputs.get("timestep_cond"))
+        class_emb = model.get_class_embed(sample, inputs.get("class_labels"))
+        if class_emb is not None:
+            temb = torch.cat([temb, class_emb], dim=-1) if model.config.class_embeddings_concat else temb + class_emb
+        aug_emb = model.get_aug_embed(temb, text, added)
+        temb = temb if aug_emb is None else temb + aug_emb
+        if model.time_embed_act is not None:
+            temb = model.time_embed_act(temb)
+        attention = {
+            "encoder_hidden_states": model.process_encoder_hidden_states(text, added),
+            "cross_attention_kwargs": inputs.get("cross_attention_kwargs"),
+        }
+        return Activation((sample,), {"temb": temb, "attention": attention, "odd_size": odd_size})
+
+    def prediction(self, activation: Activation) -> torch.Tensor:
+        return activation.boundary[0]
+
+    def _candidates(self) -> Iterator[tuple[Segment, ...]]:
+        # Skips on the stack after each unit. The inner part may read only what it pushed itself: the stack is as
+        # high after it as before it, and never lower in between.
+        height = list(itertools.accumulate(unit.pushes - unit.pops for unit in self.units))
+        for start in range(1, len(self.units)):
+            base = height[start - 1]
+            for stop in range(start + 1, len(self.units)):
+                if height[stop - 1] < base:
+                    break
+                if height[stop - 1] == base:
+                    yield (
+                        Segment(0, start, 1, 0),
+                        Segment(start, stop, 0, 0),
+                        Segment(stop, len(self.units), 1, 1),
+                    )
+
+
+def read(denoiser: nn.Module) -> Anatomy:
+    """Read a denoiser's structure.
+
+    Raises:
+        ValueError: the structure is neither an SD3-type MMDiT's nor a Stable Diffusion U-Net's.
+    """
+    for anatomy in (MMDiT, UNet):
+        if all(hasattr(denoiser, part) for part in anatomy.parts):
+            return anatomy(denoiser)
+    raise ValueError(
+        f"hybrid-cond does not understand the structure of {type(denoiser).__name__}: it splits SD3-type MMDiTs "
+        f"({', '.join(MMDiT.parts)}) and Stable Diffusion U-Nets ({', '.join(UNet.parts)}). Use xDiT's --parallel cfg."
+    )
+
+
+def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested dicts, lists and tuples, in order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_of(item)
+
+
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """The same nest with ``function`` applied to each tensor."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: map_tensors(function, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map_tensors(function, item) for item in value)
+    return value
+
+
+def _shares(segments: Sequence[Segment], flops: Sequence[int]) -> tuple[int, ...]:
+    shares = [0] * (1 + max(s.rank for s in segments))
+    for s in segments:
+        shares[s.rank] += sum(flops[s.start : s.stop])
+    return tuple(shares)
+
+
+def _alone(output: torch.Tensor) -> Boundary:
+    return (output,)
+
+
+def _pairs(block: Any) -> Iterator[tuple[nn.Module, nn.Module | None]]:
+    """The block's resnets, each with the attention that follows it."""
+    return itertools.zip_longest(block.resnets, getattr(block, "attentions", ()))

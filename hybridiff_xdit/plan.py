@@ -1,0 +1,282 @@
+"""Which kind is step i? Phases, step kinds, policies, and the plan as data that prints and parses back.
+
+A *step* is one denoiser evaluation. A *plan* is the list of step kinds of one run, written as a string with one
+letter a step (``FFFPPF``), or printed as a grid with one row a step and one column a rank.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple, Protocol
+
+from .discrepancy import SlopeDetector
+
+
+class StepKind(str, Enum):
+    """What the ranks do on a step."""
+
+    FULL = "F"  #: both branches are evaluated, one per rank
+    PIPELINED = "P"  #: one evaluation of the network in total, its layers split over the ranks
+
+
+class Phase(str, Enum):
+    """Where a step lies in the run (arXiv 2602.21760, section 4.1)."""
+
+    WARM_UP = "WARM_UP"  #: before the first PIPELINED step
+    PARALLELISM = "PARALLELISM"  #: from the first to the last PIPELINED step
+    FULLY_CONNECTING = "FULLY_CONNECTING"  #: after it
+
+
+FULL, PIPELINED = StepKind.FULL, StepKind.PIPELINED
+
+
+class Row(NamedTuple):
+    """One step of a plan: its number, phase, kind and what each of the two ranks evaluates."""
+
+    step: int
+    phase: Phase
+    kind: StepKind
+    work: tuple[str, str]
+
+
+class Plan(tuple[StepKind, ...]):
+    """The step kinds of one run, in order. ``str(plan)`` is its letters; `Plan.parse` reads them back."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "".join(kind.value for kind in self)
+
+    @classmethod
+    def parse(cls, text: str, num_steps: int | None = None) -> "Plan":
+        """Read a plan from letters, or from an interval pattern.
+
+        Args:
+            text: one letter F or P a step, or ``START-END/GAP``: from step START up to (not including) END every
+                GAP-th step is FULL, the rest PIPELINED; ``8-48/2`` has step 8 PIPELINED, 9 FULL, ... 47 FULL.
+            num_steps: length of the run. Letters must have this length; a pattern needs it.
+
+        Raises:
+            ValueError: with the flag and the mend, when the text cannot be read or does not fit the run.
+        """
+        mend = "Give --hybrid_plan one letter F or P a step, or START-END/GAP such as 8-48/2."
+        if match := re.fullmatch(r"(\d+)-(\d+)/(\d+)", text):
+            start, end, gap = map(int, match.groups())
+            if not 1 <= start < end or gap < 2:
+                raise ValueError(
+                    f"plan={text!r}: needs 1 <= START < END and GAP >= 2, since the first step is FULL and "
+                    f"GAP 1 leaves nothing to pipeline. {mend}"
+                )
+            if num_steps is None:
+                raise ValueError(f"plan={text!r}: a pattern needs the number of steps of the run.")
+            if end > num_steps:
+                raise ValueError(f"plan={text!r}: END is {end}, but the run has only {num_steps} steps. {mend}")
+            steps = range(num_steps)
+            pipelined = {i for i in range(start, end) if (i - start) % gap != gap - 1}
+            return cls(PIPELINED if i in pipelined else FULL for i in steps)
+        if not re.fullmatch(r"[FP]+", text):
+            raise ValueError(f"plan={text!r} is neither letters F and P nor a pattern. {mend}")
+        if text[0] != "F":
+            raise ValueError(f"plan={text!r}: the first step must be F, since nothing is known before it. {mend}")
+        if num_steps is not None and len(text) != num_steps:
+            raise ValueError(f"plan={text!r} has {len(text)} letters, but the run has {num_steps} steps. {mend}")
+        return cls(StepKind(letter) for letter in text)
+
+    def speedup_bound(self) -> float:
+        """Bound of the speed-up over one GPU on two: ``2T / (T - n_p / 2)``, ``n_p`` the PIPELINED steps."""
+        return 2 * len(self) / (len(self) - self.count(PIPELINED) / 2)
+
+    def phase(self, step: int) -> Phase:
+        """Phase of a step."""
+        pipelined = [i for i, kind in enumerate(self) if kind is PIPELINED]
+        if not pipelined or step < pipelined[0]:
+            return Phase.WARM_UP
+        return Phase.PARALLELISM if step <= pipelined[-1] else Phase.FULLY_CONNECTING
+
+    def rows(self) -> list[Row]:
+        """The plan, a row a step. A stage 0 that no later step reads is not evaluated: its rank shows ``-``."""
+        rows = []
+        for i, kind in enumerate(self):
+            work = ("uncond", "cond")
+            if kind is PIPELINED:
+                is_read = i + 1 < len(self) and self[i + 1] is PIPELINED
+                work = ("stage0" if is_read else "-", "stage1")
+            rows.append(Row(i, self.phase(i), kind, work))
+        return rows
+
+    def grid(self) -> str:
+        """The plan as text: a row a step, a column a rank. `from_grid` reads it back."""
+        lines = [f"{'step':>4}  {'phase':<16}  {'kind':<9}  {'rank 0':<6}  rank 1"]
+        lines += [
+            f"{row.step:>4}  {row.phase.name:<16}  {row.kind.name:<9}  {row.work[0]:<6}  {row.work[1]}"
+            for row in self.rows()
+        ]
+        return "\n".join(lines)
+
+    @classmethod
+    def from_grid(cls, text: str) -> "Plan":
+        """Read a plan back from `grid`.
+
+        Raises:
+            ValueError: the text is not a grid that this plan would print.
+        """
+        kinds = [line.split() for line in text.splitlines()[1:]]
+        try:
+            plan = cls(StepKind[fields[2]] for fields in kinds)
+        except (IndexError, KeyError) as error:
+            raise ValueError("not a plan's grid: every row needs step, phase, kind and the ranks' work") from error
+        if plan.grid().split() != text.split():
+            raise ValueError("not a plan's grid: the rows do not agree with the kinds they list")
+        return plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperConstants:
+    """Constants of the published switching rule, in steps of the run (arXiv 2602.21760, section 5).
+
+    Attributes:
+        slope_window: ``L``, steps.
+        slope_threshold: ``g``, discrepancy per step.
+        interval: ``k``, length of the PIPELINED window in steps.
+        tau_cap: the latest step at which the window may start.
+    """
+
+    slope_window: int
+    slope_threshold: float
+    interval: int
+    tau_cap: int
+
+    def scaled(self, num_steps: int) -> "PaperConstants":
+        """The same rule for a run of another length: published figures are for 50 steps."""
+        ratio = num_steps / 50
+        return PaperConstants(
+            slope_window=max(1, round(self.slope_window * ratio)),
+            slope_threshold=self.slope_threshold / ratio,
+            interval=max(1, round(self.interval * ratio)),
+            tau_cap=max(1, round(self.tau_cap * ratio)),
+        )
+
+
+#: Published constants at 50 steps, by the family of the denoiser: SDXL (DDIM, w=5) and SD3 (Euler, w=7).
+PAPER_PRESETS = {
+    "unet": PaperConstants(slope_window=12, slope_threshold=4e-4, interval=5, tau_cap=15),
+    "mmdit": PaperConstants(slope_window=15, slope_threshold=5e-4, interval=5, tau_cap=40),
+}
+
+
+class Policy(Protocol):
+    """Answers "what kind is step i?" from what has been measured so far, the same on every rank.
+
+    Attributes:
+        tau_1: first step of the PIPELINED window; None for "not yet" or "this policy has none".
+        tau_2: first step after it.
+    """
+
+    tau_1: int | None
+    tau_2: int | None
+
+    def reads_discrepancy(self, step: int) -> bool:
+        """Whether the discrepancy of FULL step ``step`` decides anything (reading it makes a GPU's host wait)."""
+
+    def observe(self, step: int, discrepancy: float) -> None:
+        """Take the discrepancy of FULL step ``step``."""
+
+    def kind(self, step: int) -> StepKind:
+        """Kind of step ``step``. On a PIPELINED step that of the next one can be asked too."""
+
+
+class FixedPolicy:
+    """The plan that the user gave, whatever is measured."""
+
+    tau_1: int | None = None
+    tau_2: int | None = None
+
+    def __init__(self, plan: Sequence[StepKind]) -> None:
+        self.plan = plan
+
+    def reads_discrepancy(self, step: int) -> bool:
+        return False
+
+    def observe(self, step: int, discrepancy: float) -> None:
+        pass
+
+    def kind(self, step: int) -> StepKind:
+        return self.plan[step]
+
+
+class PaperPolicy:
+    """One window of ``k`` PIPELINED steps, as published (arXiv 2602.21760, section 4.2).
+
+    ``tau_1 = min(tau_1', tau_cap)`` and ``tau_2 = tau_1 + k``. tau_1 is the first PIPELINED step, counted from 0:
+    when the detector fires on the discrepancy of FULL step ``i`` (which has then been evaluated), ``tau_1' = i + 1``.
+
+    Raises:
+        ValueError: the window does not fit the run (``tau_cap + k > num_steps``).
+    """
+
+    def __init__(self, num_steps: int, constants: PaperConstants) -> None:
+        if constants.tau_cap + constants.interval > num_steps:
+            raise ValueError(
+                f"tau_cap={constants.tau_cap} + interval={constants.interval} is more than the run's {num_steps} "
+                "steps. Lower --hybrid_tau_cap or --hybrid_interval, raise --num_inference_steps, or use "
+                "--hybrid_policy cfg."
+            )
+        self.constants = constants
+        self.tau_1: int | None = None
+        self._detector = SlopeDetector(constants.slope_window, constants.slope_threshold)
+
+    @property
+    def tau_2(self) -> int | None:  # type: ignore[override]
+        return None if self.tau_1 is None else self.tau_1 + self.constants.interval
+
+    def reads_discrepancy(self, step: int) -> bool:
+        # The last step before the cap decides nothing: the window starts after it in any case.
+        return self.tau_1 is None and step + 1 < self.constants.tau_cap
+
+    def observe(self, step: int, discrepancy: float) -> None:
+        if self._detector.update(step, discrepancy):
+            self.tau_1 = step + 1
+
+    def kind(self, step: int) -> StepKind:
+        if self.tau_1 is None and step >= self.constants.tau_cap:
+            self.tau_1 = self.constants.tau_cap
+        in_window = self.tau_1 is not None and self.tau_1 <= step < self.tau_1 + self.constants.interval
+        return PIPELINED if in_window else FULL
+
+
+#: Policies by name, with what each does.
+POLICIES = {
+    "cfg": "every step FULL",
+    "paper": "one PIPELINED window of k steps, as published",
+    "fixed": "the plan given with --hybrid_plan",
+}
+
+
+def make_policy(
+    name: str,
+    num_steps: int,
+    family: str,
+    *,
+    plan: str | None = None,
+    **constants: int | float | None,
+) -> Policy:
+    """Build the policy of one run.
+
+    Args:
+        name: one of `POLICIES`.
+        num_steps: denoiser evaluations in the run.
+        family: the denoiser's family, ``unet`` or ``mmdit``: selects the published constants.
+        plan: for ``fixed``: letters or pattern, see `Plan.parse`.
+        constants: for ``paper``: fields of `PaperConstants` that replace the scaled preset; None keeps the preset.
+
+    Raises:
+        ValueError: the policy does not fit the run.
+    """
+    if name == "cfg":
+        return FixedPolicy([FULL] * num_steps)
+    if name == "fixed":
+        return FixedPolicy(Plan.parse(plan or "", num_steps))
+    preset = vars(PAPER_PRESETS[family].scaled(num_steps))
+    given = {key: value for key, value in constants.items() if value is not None}
+    return PaperPolicy(num_steps, PaperConstants(**{**preset, **given}))

@@ -1,0 +1,58 @@
+"""What a run leaves to read: ``report.json``, and ``report.png`` with the discrepancy and the plan."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from .plan import FULL, Plan
+
+#: Colour of each kind of work in the plan's picture, and of the phase between.
+_COLOURS = {"uncond": "#4c72b0", "cond": "#dd8452", "stage0": "#55a868", "stage1": "#8172b3", "-": "#eeeeee"}
+
+
+def write_report(report: dict[str, Any], folder: Path) -> None:
+    """Write ``report.json`` and ``report.png`` into a folder that exists.
+
+    Args:
+        report: as `hybridiff_xdit.last_report` returns it.
+        folder: an existing folder; files of an earlier run are replaced.
+    """
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    _draw(report, folder / "report.png")
+
+
+def _draw(report: dict[str, Any], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    plan = Plan.parse(report["plan"])
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    curve, grid = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+
+    known = [(step, value) for step, value in report["discrepancy"] if value is not None and math.isfinite(value)]
+    if known:
+        curve.plot(*zip(*known, strict=True), "o-", color="#333333", markersize=3, linewidth=1, label="measured")
+        curve.set_ylim(bottom=0)
+    for i, row in enumerate(plan.rows()):
+        if row.kind is not FULL:
+            curve.axvspan(i - 0.5, i + 0.5, color=_COLOURS["stage0"], alpha=0.2, linewidth=0)
+        for rank, work in enumerate(row.work):
+            grid.barh(1 - rank, 1, left=i - 0.5, height=0.9, color=_COLOURS[work], edgecolor="white", linewidth=0.5)
+    curve.set_ylabel("discrepancy M")
+    config = report["config"]
+    curve.set_title(
+        f"{report['model']}: policy {config['policy']}, guidance {config['guidance']}, "
+        f"{plan.count(FULL)} FULL + {len(plan) - plan.count(FULL)} PIPELINED steps, "
+        f"speed-up bound {report['speedup_bound']:.2f}",
+        fontsize=10,
+    )
+    grid.set_yticks([1, 0], ["rank 0", "rank 1"])
+    grid.set_xlabel("step")
+    grid.set_xlim(-0.5, len(plan) - 0.5)
+    used = [work for work in _COLOURS if any(work in row.work for row in plan.rows())]
+    handles = [Patch(color=_COLOURS[work], label="idle" if work == "-" else work) for work in used]
+    curve.legend(handles=handles, loc="upper right", fontsize=8)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,134 @@
+"""Pipelines with tiny random denoisers and no text encoders: they are called with prompt embeddings."""
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+
+TOKENS = 7
+
+
+def vae(channels: int) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        shift_factor=0.1 if channels == 16 else None,
+    ).eval()
+
+
+def sd3(layers: int = 4) -> StableDiffusion3Pipeline:
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=16,
+        num_layers=layers,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=24,
+        caption_projection_dim=32,
+        pooled_projection_dim=20,
+        out_channels=16,
+        pos_embed_max_size=24,
+    ).eval()
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(16),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def _scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
+    )
+
+
+def unet(**changes: object) -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    settings = dict(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=2,
+        block_out_channels=(8, 16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=(1, 2, 4),
+        cross_attention_dim=24,
+    )
+    return UNet2DConditionModel(**{**settings, **changes}).eval()
+
+
+def sdxl() -> StableDiffusionXLPipeline:
+    return StableDiffusionXLPipeline(
+        unet=unet(
+            transformer_layers_per_block=(1, 1, 2),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=6 * 4 + 20,
+        ),
+        scheduler=_scheduler(),
+        vae=vae(4),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        add_watermarker=False,
+    )
+
+
+def sd15() -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        unet=unet(
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        ),
+        scheduler=_scheduler(),
+        vae=vae(4),
+        text_encoder=None,
+        tokenizer=None,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+PIPELINES = {"sd3": sd3, "sdxl": sdxl, "sd15": sd15}
+
+
+def prompt(name: str, count: int = 1, seed: int = 1) -> dict[str, torch.Tensor]:
+    """Prompt and negative prompt embeddings for the pipeline ``name``."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = {"": (count, TOKENS, 24), "pooled_": (count, 20)}
+    kinds = ("",) if name == "sd15" else ("", "pooled_")
+    return {
+        f"{negative}{kind}prompt_embeds": torch.randn(shape[kind], generator=generator)
+        for negative in ("", "negative_")
+        for kind in kinds
+    }
+
+
+def call(pipe, name: str, *, count: int = 1, seed: int = 0, **kwargs):
+    """Latents of a short run, [B, C, H, W]."""
+    settings = dict(num_inference_steps=10, guidance_scale=5.0, height=32, width=32, output_type="latent")
+    settings.update(prompt(name, count), generator=torch.Generator().manual_seed(seed))
+    return pipe(**{**settings, **kwargs}).images
