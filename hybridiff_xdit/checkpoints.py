@@ -25,6 +25,7 @@ class Checkpoint:
         family: ``sd3`` or ``sdxl``.
         size: height and width of the picture, pixels.
         dtype: dtype of the weights on a GPU.
+        absent: components that the folder says it has none of; ``from_pretrained`` wants to be told so.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Checkpoint:
     steps: int = 50
     guidance_scale: float = 7.0
     dtype: torch.dtype = torch.float16
+    absent: tuple[str, ...] = ()
 
 
 _HUB = {
@@ -83,7 +85,8 @@ def _embedded(name: str) -> Path:
 
 
 def _read_folder(name: str, folder: Path) -> Checkpoint:
-    pipeline = _json(folder / "model_index.json").get("_class_name", "")
+    index = _json(folder / "model_index.json")
+    pipeline = index.get("_class_name", "")
     family = next((f for prefix, f in FAMILIES.items() if pipeline.startswith(prefix)), None)
     if family is None:
         raise ValueError(
@@ -93,13 +96,13 @@ def _read_folder(name: str, folder: Path) -> Checkpoint:
     denoiser = _json(folder / ("transformer" if family == "sd3" else "unet") / "config.json")
     vae = _json(folder / "vae" / "config.json")
     size = denoiser["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
-    embedded_or_sdxl = name in EMBEDDED or family == "sdxl"
     return Checkpoint(
         name=name,
         source=str(folder),
         family=family,
         size=size,
-        guidance_scale=5.0 if embedded_or_sdxl else 7.0,
+        guidance_scale=5.0 if name in EMBEDDED or family == "sdxl" else 7.0,
+        absent=tuple(part for part, origin in index.items() if origin == [None, None]),
     )
 
 

@@ -14,7 +14,7 @@ Branch = Literal["uncond", "cond"]
 
 
 class Exchange(NamedTuple):
-    """What a FULL step brings every rank: both predictions [B, ...], and whether the ranks' inputs differ (0-d bool)."""
+    """What a FULL step brings every rank: both predictions [B, ...], and if the ranks' inputs differ (0-d bool)."""
 
     pred_u: torch.Tensor
     pred_c: torch.Tensor

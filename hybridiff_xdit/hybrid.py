@@ -269,7 +269,8 @@ class _Session:
     def _output_class(self) -> Any:
         """The class of the denoiser's output, for a caller that did not ask for a tuple."""
         module = inspect.getmodule(type(self.denoiser))
-        return next(getattr(module, n) for n in ("UNet2DConditionOutput", "Transformer2DModelOutput") if hasattr(module, n))
+        names = ("UNet2DConditionOutput", "Transformer2DModelOutput")
+        return next(getattr(module, name) for name in names if hasattr(module, name))
 
 
 def denoiser_of(pipe: Any) -> torch.nn.Module:

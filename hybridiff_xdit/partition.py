@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
@@ -103,6 +104,10 @@ class Partition:
         return self.segments[-1].start - 1
 
 
+#: Partitions found so far of each denoiser, by the shapes and dtypes of its inputs: they outlive apply and remove.
+_PARTITIONS: WeakKeyDictionary[nn.Module, dict[Any, Partition]] = WeakKeyDictionary()
+
+
 class Anatomy(ABC):
     """A denoiser read as units. Subclasses know one family's structure."""
 
@@ -114,7 +119,7 @@ class Anatomy(ABC):
     def __init__(self, denoiser: nn.Module) -> None:
         self.denoiser = denoiser
         self.units = tuple(self._units())
-        self._partitions: dict[Any, Partition] = {}
+        self._partitions = _PARTITIONS.setdefault(denoiser, {})
 
     @abstractmethod
     def _units(self) -> Iterator[Unit]: ...
@@ -244,7 +249,8 @@ class MMDiT(Anatomy):
 
     def prediction(self, activation: Activation) -> torch.Tensor:
         (tokens,) = activation.boundary  # [B, h * w, p * p * C]
-        p = self.denoiser.config.patch_size
+        model: Any = self.denoiser
+        p = model.config.patch_size
         h, w = (side // p for side in activation.conditioning["size"])
         pred = tokens.reshape(tokens.shape[0], h, w, p, p, -1)
         return torch.einsum("nhwpqc->nchpwq", pred).reshape(tokens.shape[0], -1, h * p, w * p)
@@ -277,7 +283,8 @@ class UNet(Anatomy):
         super().check_inputs(inputs)
         if "gligen" in (inputs.get("cross_attention_kwargs") or {}):
             raise ValueError("hybrid-cond cannot split GLIGEN: use --hybrid_policy cfg, or the plain pipeline.")
-        if any(getattr(block, "s1", None) for block in self.denoiser.up_blocks):
+        model: Any = self.denoiser
+        if any(getattr(block, "s1", None) for block in model.up_blocks):
             raise ValueError("hybrid-cond cannot split FreeU: use --hybrid_policy cfg, or pipe.disable_freeu().")
 
     def _units(self) -> Iterator[Unit]:

@@ -173,8 +173,11 @@ class Policy(Protocol):
         tau_2: first step after it.
     """
 
-    tau_1: int | None
-    tau_2: int | None
+    @property
+    def tau_1(self) -> int | None: ...
+
+    @property
+    def tau_2(self) -> int | None: ...
 
     def reads_discrepancy(self, step: int) -> bool:
         """Whether the discrepancy of FULL step ``step`` decides anything (reading it makes a GPU's host wait)."""
@@ -227,7 +230,7 @@ class PaperPolicy:
         self._detector = SlopeDetector(constants.slope_window, constants.slope_threshold)
 
     @property
-    def tau_2(self) -> int | None:  # type: ignore[override]
+    def tau_2(self) -> int | None:
         return None if self.tau_1 is None else self.tau_1 + self.constants.interval
 
     def reads_discrepancy(self, step: int) -> bool:

@@ -1,0 +1,38 @@
+"""Markdown table of a ``run.py`` result: ``python benchmarks/report.py times.jsonl``."""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+
+def table(lines: list[dict]) -> str:
+    """The table, one row a scenario and strategy; speed-up is over ``one-gpu`` of the same scenario and run."""
+    rows = [
+        "| scenario | strategy | s per image, median (min - max) | over one GPU | bound | FULL + PIPELINED "
+        "| MB sent, rank 0 / 1 | peak GiB, rank 0 / 1 |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    one_gpu = {line["scenario"]: line["seconds"] for line in lines if line["strategy"] == "one-gpu"}
+    for line in lines:
+        seconds, plan = line["seconds"], line["plan"] or ""
+        base = one_gpu.get(line["scenario"])
+        speedup = f"{statistics.median(base) / statistics.median(seconds):.2f}" if base else ""
+        kinds = f"{plan.count('F')} + {plan.count('P')}" if plan else ""
+        sent = " / ".join(f"{count / 1e6:.1f}" for count in line["bytes_sent"] or [])
+        bound = f"{line['speedup_bound']:.2f}" if plan else ""
+        memory = line["peak_memory"] if plan else line["peak_memory"][:1]
+        peak = " / ".join(f"{count / 2**30:.2f}" for count in memory)
+        time = f"{statistics.median(seconds):.2f} ({min(seconds):.2f} - {max(seconds):.2f})"
+        cells = [line["scenario"], line["strategy"], time, speedup, bound, kinds, sent, peak]
+        rows.append(f"| {' | '.join(cells)} |")
+    first = lines[0]
+    head = (
+        f"{first['device']}, {first['dtype']}, torch {first['torch']}, diffusers {first['diffusers']}, "
+        f"{first['steps']} steps, {len(first['seconds'])} repeats after a warm-up, latents out, random weights.\n\n"
+    )
+    return head + "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table([json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]))

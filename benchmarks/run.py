@@ -1,0 +1,123 @@
+"""Time the strategies beside one another, in one run on the same devices.
+
+    torchrun --nproc_per_node 2 benchmarks/run.py --scenario sdxl-1024 sd3-medium-1024 --out times.jsonl
+    python benchmarks/report.py times.jsonl
+
+Every repeat times each strategy once, in turn, so that a drift of the machine falls on all alike. The baseline
+``one-gpu`` is the pipeline as it is, on rank 0, while rank 1 waits on the host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import torch.distributed as dist
+from scenarios import SCENARIOS
+
+from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
+
+STRATEGIES: dict[str, HybridConfig | None] = {
+    "one-gpu": None,
+    "cfg": HybridConfig(policy="cfg"),
+    "paper": HybridConfig(policy="paper"),
+    "fixed 8-48/2": HybridConfig(plan="8-48/2"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenario", nargs="+", choices=SCENARIOS, default=["sdxl-1024", "sd3-medium-1024"])
+    parser.add_argument("--strategy", nargs="+", choices=STRATEGIES, default=["one-gpu", "cfg", "paper"])
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("times.jsonl"), help="one JSON line a scenario and strategy")
+    args = parser.parse_args()
+
+    is_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if is_gpu else torch.device("cpu")
+    dtype = torch.float16 if is_gpu else torch.float32
+    if is_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if is_gpu else "gloo")
+    host = dist.new_group(backend="gloo")
+
+    lines = []
+    for name in args.scenario:
+        scenario = SCENARIOS[name]
+        pipe = scenario.pipeline(device, dtype)
+        arguments = dict(scenario.arguments(device, dtype), num_inference_steps=args.steps)
+        measured: dict[str, Any] = {strategy: [] for strategy in args.strategy}
+        reports = {}
+        for repeat in range(-1, args.repeats):  # the first round is the warm-up
+            for strategy in args.strategy:
+                config = STRATEGIES[strategy]
+                remove_hybrid(pipe) if config is None else apply_hybrid(pipe, config, model=name)
+                call = partial(_call, pipe, arguments) if config or dist.get_rank() == 0 else _wait
+                sample = _time(call, device, host)
+                if repeat >= 0:
+                    measured[strategy].append(sample)
+                reports[strategy] = last_report(pipe)
+        for strategy, samples in measured.items():
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, samples, group=host)
+            report = reports[strategy]
+            lines.append(
+                {
+                    "scenario": name,
+                    "strategy": strategy,
+                    "steps": args.steps,
+                    "device": torch.cuda.get_device_name() if is_gpu else platform.machine(),
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "torch": torch.__version__,
+                    "diffusers": diffusers.__version__,
+                    "seconds": [max(s for s, _ in repeat) for repeat in zip(*gathered, strict=True)],
+                    "peak_memory": [max(memory for _, memory in rank) for rank in gathered],
+                    "plan": report and report["plan"],
+                    "tau_1": report and report["tau_1"],
+                    "speedup_bound": report and report["speedup_bound"],
+                    "bytes_sent": report and report["bytes_sent"],
+                }
+            )
+        del pipe, call
+        if is_gpu:
+            torch.cuda.empty_cache()
+    if dist.get_rank() == 0:
+        args.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    dist.destroy_process_group()
+
+
+def _call(pipe: Any, arguments: dict[str, Any]) -> None:
+    pipe(**arguments, generator=torch.Generator().manual_seed(0))
+
+
+def _wait() -> None:
+    """The other rank's share of a one-GPU run."""
+
+
+def _time(function: Callable[[], None], device: torch.device, host: dist.ProcessGroup) -> tuple[float, int]:
+    """Seconds from a common start until this rank's device is done, and its peak memory in bytes."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    dist.barrier(group=host)
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    dist.barrier(group=host)
+    return seconds, torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+
+
+if __name__ == "__main__":
+    main()

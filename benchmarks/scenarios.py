@@ -1,0 +1,122 @@
+"""What is measured: a denoiser of a real size with random weights, a resolution, a number of steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+
+SDXL: dict[str, Any] = dict(
+    sample_size=128,
+    block_out_channels=(320, 640, 1280),
+    transformer_layers_per_block=(1, 2, 10),
+    attention_head_dim=(5, 10, 20),
+    cross_attention_dim=2048,
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=6 * 256 + 1280,
+)
+SDXL_TINY = {
+    **SDXL,
+    "block_out_channels": (32, 32, 64),
+    "transformer_layers_per_block": (1, 1, 2),
+    "attention_head_dim": (1, 1, 2),
+}
+SD3_MEDIUM: dict[str, Any] = dict(
+    sample_size=128,
+    num_layers=24,
+    num_attention_heads=24,
+    caption_projection_dim=1536,
+    joint_attention_dim=4096,
+    pooled_projection_dim=2048,
+    pos_embed_max_size=192,
+)
+SD3_TINY = {**SD3_MEDIUM, "num_layers": 4, "num_attention_heads": 2, "caption_projection_dim": 128}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One model at one size.
+
+    Attributes:
+        family: ``unet`` or ``mmdit``.
+        settings: of the denoiser.
+        side: of the square picture, pixels; latents are an eighth.
+        guidance_scale: w.
+    """
+
+    family: str
+    settings: dict[str, Any]
+    side: int
+    guidance_scale: float
+
+    def pipeline(self, device: torch.device, dtype: torch.dtype) -> Any:
+        """A pipeline with this denoiser, the same random weights on every rank, and no text encoders or VAE."""
+        torch.manual_seed(0)
+        with device:
+            denoiser = self._denoiser()
+        none = {f"{part}{i}": None for part in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")}
+        if self.family == "mmdit":
+            scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+            pipe = StableDiffusion3Pipeline(transformer=denoiser.to(dtype), scheduler=scheduler, vae=None, **none)
+        else:
+            scheduler = DDIMScheduler(
+                beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
+            )
+            none = {name: part for name, part in none.items() if not name.endswith("_3")}
+            pipe = StableDiffusionXLPipeline(
+                unet=denoiser.to(dtype), scheduler=scheduler, vae=None, add_watermarker=False, **none
+            )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def _denoiser(self) -> torch.nn.Module:
+        if self.family == "mmdit":
+            return SD3Transformer2DModel(patch_size=2, in_channels=16, out_channels=16, **self.settings).eval()
+        return UNet2DConditionModel(
+            in_channels=4,
+            out_channels=4,
+            layers_per_block=2,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            addition_embed_type="text_time",
+            use_linear_projection=True,
+            **self.settings,
+        ).eval()
+
+    def arguments(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+        """Arguments of the pipeline's call: latents out, so that the denoising loop alone is timed."""
+        generator = torch.Generator().manual_seed(1)
+        tokens, width, pooled = (333, 4096, 2048) if self.family == "mmdit" else (77, 2048, 1280)
+
+        def embeds(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to(device, dtype)
+
+        return dict(
+            prompt_embeds=embeds(1, tokens, width),
+            negative_prompt_embeds=embeds(1, tokens, width),
+            pooled_prompt_embeds=embeds(1, pooled),
+            negative_pooled_prompt_embeds=embeds(1, pooled),
+            guidance_scale=self.guidance_scale,
+            height=self.side,
+            width=self.side,
+            output_type="latent",
+        )
+
+
+SCENARIOS = {
+    "sdxl-1024": Scenario("unet", SDXL, 1024, 5.0),
+    "sdxl-2048": Scenario("unet", SDXL, 2048, 5.0),
+    "sd3-medium-1024": Scenario("mmdit", SD3_MEDIUM, 1024, 7.0),
+    "sd3-medium-2048": Scenario("mmdit", SD3_MEDIUM, 2048, 7.0),
+    "sdxl-tiny": Scenario("unet", SDXL_TINY, 128, 5.0),
+    "sd3-tiny": Scenario("mmdit", SD3_TINY, 128, 7.0),
+}
