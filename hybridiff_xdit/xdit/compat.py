@@ -1,0 +1,220 @@
+"""Where we touch xDiT: how to import it without a GPU, and the ledger of every name we rely on.
+
+Features are detected, versions are not compared: the ledger's test (tests/test_xdit_compat.py) checks each name, with
+the parameters we pass, against xfuser 0.5, 0.6 and 0.7.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+
+def has_accelerator() -> bool:
+    """Whether torch has a device other than the CPU."""
+    return torch.accelerator.is_available()
+
+
+def count_gpus() -> int:
+    """Accelerators of this machine. On CUDA this asks the driver's library and leaves CUDA itself untouched."""
+    return torch.cuda.device_count() or torch.accelerator.device_count()
+
+
+def import_xfuser() -> ModuleType:
+    """Import xfuser; on a machine without a GPU make it run there, with gloo.
+
+    Importing xfuser 0.5 to 0.7 asks for the version of "the" accelerator, and raises without one. It asks nothing
+    further of Apple's MPS, so MPS stands in during the import, and only then.
+    """
+    if has_accelerator():
+        return importlib.import_module("xfuser")
+    with _pretend_mps():
+        xfuser = importlib.import_module("xfuser")
+    envs: Any = importlib.import_module("xfuser.envs")
+    # A CUDA build of torch on a machine without a GPU is no CUDA machine.
+    envs._is_cuda = lambda: False
+    envs.get_torch_distributed_backend = lambda: "gloo"
+    return xfuser
+
+
+@contextmanager
+def _pretend_mps() -> Iterator[None]:
+    mps: Any = torch.backends.mps
+    is_available = mps.is_available
+    mps.is_available = lambda: True
+    try:
+        yield
+    finally:
+        mps.is_available = is_available
+
+
+class Seam(NamedTuple):
+    """One name of xfuser's that we call, override or replace.
+
+    Attributes:
+        module: where it is.
+        name: dotted name in the module.
+        parameters: those that we pass, or that our override receives; None where it is no function.
+        why: what we do with it.
+        until: what upstream change would let us drop it.
+    """
+
+    module: str
+    name: str
+    parameters: tuple[str, ...] | None
+    why: str
+    until: str
+
+
+_ENVS = "xfuser.envs"
+_CONFIG = "xfuser.config"
+_GROUPS = "xfuser.core.distributed"
+_BASE = "xfuser.model_executor.pipelines.base_pipeline"
+_RUNNER = "xfuser.runner"
+_MODELS = "xfuser.model_executor.models.runner_models.base_model"
+
+_CPU = "xDiT runs on the CPU by itself"
+_STRATEGY = "xDiT lets a package register a parallel strategy"
+_NEVER = "public API, no end in sight"
+
+LEDGER = (
+    Seam(_ENVS, "_is_cuda", (), "replaced where there is no GPU: it looks at torch's build only", _CPU),
+    Seam(_ENVS, "get_torch_distributed_backend", (), "replaced where there is no GPU, by gloo", _CPU),
+    Seam(_CONFIG, "FlexibleArgumentParser", None, "xDiT's parser", _NEVER),
+    Seam(_CONFIG, "FlexibleArgumentParser.parse_args", ("args",), "our flags join xDiT's", _NEVER),
+    Seam(_CONFIG, "xFuserArgs.add_runner_args", ("parser",), "xDiT's flags", _NEVER),
+    Seam("xfuser", "xFuserArgs", None, "type of the runner's arguments", _NEVER),
+    Seam("xfuser", "EngineConfig", ("parallel_config", "runtime_config", "fast_attn_config"), "read", _NEVER),
+    Seam(_CONFIG, "InputConfig", ("batch_size", "height", "width", "num_inference_steps", "seed"), "read", _NEVER),
+    Seam(
+        "xfuser.config.config",
+        "ParallelConfig",
+        ("dp_config", "sp_config", "pp_config", "tp_config", "fs_config"),
+        "its degrees are checked",
+        _NEVER,
+    ),
+    Seam(_GROUPS, "get_cfg_group", (), "the group of two that hybrid-cond runs on", _NEVER),
+    Seam(_GROUPS, "is_dp_last_group", (), "whether this rank hands out pictures", _NEVER),
+    Seam(_GROUPS, "get_runtime_state", (), "called at the end", _NEVER),
+    Seam(
+        "xfuser.core.distributed.runtime_state",
+        "RuntimeState.destroy_distributed_env",
+        (),
+        "called at the end without a GPU, where the runner's own cleanup synchronizes CUDA",
+        _CPU,
+    ),
+    Seam("xfuser", "xFuserStableDiffusion3Pipeline", None, "subclassed; replaced under launch", _STRATEGY),
+    Seam("xfuser", "xFuserStableDiffusionXLPipeline", None, "subclassed; replaced under launch", _STRATEGY),
+    Seam(
+        "xfuser",
+        "xFuserStableDiffusion3Pipeline.from_pretrained",
+        ("pretrained_model_name_or_path", "engine_config"),
+        "inherited",
+        _NEVER,
+    ),
+    Seam(
+        "xfuser",
+        "xFuserStableDiffusionXLPipeline.from_pretrained",
+        ("pretrained_model_name_or_path", "engine_config"),
+        "inherited",
+        _NEVER,
+    ),
+    Seam(_BASE, "xFuserPipelineBaseWrapper", None, "the wrapper under both", _NEVER),
+    Seam(
+        _BASE,
+        "xFuserPipelineBaseWrapper.__init__",
+        ("pipeline", "engine_config"),
+        "called past the SDXL wrapper, whose __init__ patches the U-Net; guarded under launch",
+        "xDiT's SDXL works with several prompts and images, and " + _STRATEGY,
+    ),
+    Seam(
+        _BASE,
+        "xFuserPipelineBaseWrapper._convert_transformer_backbone",
+        ("transformer",),
+        "overridden: the denoiser stays diffusers' own",
+        _STRATEGY,
+    ),
+    Seam(
+        _BASE,
+        "xFuserPipelineBaseWrapper._convert_scheduler",
+        ("scheduler",),
+        "overridden: the scheduler stays diffusers' own",
+        _STRATEGY,
+    ),
+    Seam(
+        _BASE,
+        "xFuserPipelineBaseWrapper.prepare_run",
+        ("input_config", "steps", "sync_steps"),
+        "overridden: its 3-step warm-up fits no plan",
+        _STRATEGY,
+    ),
+    Seam(_RUNNER, "setup_logging", (), "as xDiT's runner", _NEVER),
+    Seam(_RUNNER, "xFuserModelRunner", ("config",), "subclassed", _NEVER),
+    Seam(
+        _RUNNER,
+        "xFuserModelRunner._select_model",
+        ("model_name", "config"),
+        "overridden: folders and hub ids beside xDiT's exact names",
+        "xDiT's runner looks up a family, not a name",
+    ),
+    Seam(_RUNNER, "xFuserModelRunner.preprocess_args", ("input_args",), "called", _NEVER),
+    Seam(_RUNNER, "xFuserModelRunner.initialize", ("input_args",), "called", _NEVER),
+    Seam(_RUNNER, "xFuserModelRunner.run", ("input_args",), "called", _NEVER),
+    Seam(_RUNNER, "xFuserModelRunner.profile", ("input_args",), "called", _NEVER),
+    Seam(_RUNNER, "xFuserModelRunner.save", ("output", "timings", "profile"), "called", _NEVER),
+    Seam(_RUNNER, "xFuserModelRunner.cleanup", (), "overridden without a GPU: it synchronizes CUDA", _CPU),
+    Seam(_MODELS, "MODEL_REGISTRY", None, "looked up by name", _NEVER),
+    Seam(_MODELS, "register_model", ("name",), "registers ours, under names of our own", _NEVER),
+    Seam(_MODELS, "xFuserModel", ("config",), "subclassed", _NEVER),
+    Seam(_MODELS, "xFuserModel._validate_args", ("input_args",), "called without a GPU", _CPU),
+    Seam(_MODELS, "xFuserModel._customize_settings", ("config",), "overridden: settings by checkpoint", _NEVER),
+    Seam(_MODELS, "xFuserModel._load_model", (), "overridden", _NEVER),
+    Seam(_MODELS, "xFuserModel._run_pipe", ("input_args",), "overridden", _NEVER),
+    Seam(_MODELS, "xFuserModel.run", ("input_args",), "overridden without a GPU: it times by CUDA events", _CPU),
+    Seam(_MODELS, "xFuserModel._run_timed_pipe", ("input_args",), "overridden without a GPU: as run", _CPU),
+    Seam(
+        _MODELS,
+        "xFuserModel._post_load_and_state_initialization",
+        ("input_args",),
+        "overridden without a GPU: it moves the pipeline to CUDA",
+        _CPU,
+    ),
+    Seam(_MODELS, "xFuserModel._run_pipe_batched", ("input_args",), "called without a GPU", _CPU),
+    Seam(_MODELS, "xFuserModel._run_warmup_calls", ("input_args",), "called without a GPU", _CPU),
+    Seam(_MODELS, "ModelCapabilities", ("use_cfg_parallel", "pipefusion_parallel_degree"), "what ours can do", _NEVER),
+    Seam(
+        _MODELS,
+        "DefaultInputValues",
+        ("height", "width", "num_inference_steps", "guidance_scale"),
+        "defaults by checkpoint",
+        _NEVER,
+    ),
+    Seam(_MODELS, "ModelSettings", ("model_name", "output_name", "model_output_type"), "the same", _NEVER),
+    Seam(_MODELS, "DiffusionOutput", ("images", "pipe_args"), "what _run_pipe returns", _NEVER),
+)
+
+
+def check_ledger() -> list[str]:
+    """What is missing from the installed xfuser, one line a name; empty when all is there."""
+    import_xfuser()
+    return [problem for seam in LEDGER if (problem := _problem(seam))]
+
+
+def _problem(seam: Seam) -> str | None:
+    where = f"{seam.module}.{seam.name}"
+    try:
+        value: Any = importlib.import_module(seam.module)
+        for part in seam.name.split("."):
+            value = getattr(value, part)
+    except (ImportError, AttributeError) as error:
+        return f"{where}: {error}"
+    if seam.parameters is None:
+        return None
+    missing = set(seam.parameters) - set(inspect.signature(value).parameters)
+    return f"{where}: no parameter {', '.join(sorted(missing))}" if missing else None

@@ -1,0 +1,135 @@
+"""xDiT runner models for SD3, SD3.5 and SDXL, under names of our own in xDiT's registry."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+
+from .. import HybridConfig
+from ..checkpoints import Checkpoint, resolve
+from .compat import has_accelerator
+from .pipelines import HybridStableDiffusion3Pipeline, HybridStableDiffusionXLPipeline
+
+from xfuser import (  # isort: skip  # xfuser imports only after .compat
+    xFuserArgs,
+    xFuserStableDiffusion3Pipeline,
+    xFuserStableDiffusionXLPipeline,
+)
+from xfuser.model_executor.models.runner_models.base_model import (
+    DefaultInputValues,
+    DiffusionOutput,
+    ModelCapabilities,
+    ModelSettings,
+    register_model,
+    xFuserModel,
+)
+
+logger = logging.getLogger(__name__)
+
+#: Name in xDiT's registry, by checkpoint family.
+REGISTERED = {"sd3": "hybridiff-sd3", "sdxl": "hybridiff-sdxl"}
+
+
+class _Model(xFuserModel):
+    """A checkpoint in diffusers format, run by any of xDiT's strategies or by hybrid-cond."""
+
+    pipeline_class: ClassVar[Any]
+    hybrid_class: ClassVar[Any]
+    settings = ModelSettings(model_output_type="image")
+    hybrid: HybridConfig | None = None
+    checkpoint: Checkpoint
+
+    def _customize_settings(self, config: xFuserArgs) -> None:
+        self.checkpoint = checkpoint = resolve(config.model)
+        self.settings.model_name = checkpoint.source
+        self.settings.output_name = checkpoint.name.strip("/").rsplit("/")[-1]
+        self.default_input_values = DefaultInputValues(
+            height=checkpoint.size,
+            width=checkpoint.size,
+            num_inference_steps=checkpoint.steps,
+            guidance_scale=checkpoint.guidance_scale,
+        )
+
+    def _load_model(self) -> DiffusionPipeline:
+        dtype = self.checkpoint.dtype if has_accelerator() else torch.float32
+        logger.info("%s in %s", self.checkpoint.name, dtype)
+        cls = self.pipeline_class
+        if self.hybrid:
+            cls = self.hybrid_class.with_config(self.hybrid, self.checkpoint.name)
+        return cls.from_pretrained(
+            pretrained_model_name_or_path=self.checkpoint.source,
+            engine_config=self.engine_config,
+            torch_dtype=dtype,
+            **dict.fromkeys(self.checkpoint.absent),
+        )
+
+    def _run_pipe(self, input_args: dict[str, Any]) -> DiffusionOutput:
+        names = ("prompt", "height", "width", "num_inference_steps", "guidance_scale")
+        kwargs = {name: input_args[name] for name in names}
+        if input_args.get("negative_prompt"):
+            kwargs["negative_prompt"] = input_args["negative_prompt"]
+        generator = torch.Generator(self.pipe._execution_device).manual_seed(input_args["seed"])
+        output = self.pipe(**kwargs, generator=generator)
+        return DiffusionOutput(images=output.images if output else [], pipe_args=input_args)
+
+    # xDiT places the pipeline on, and times with, CUDA.
+
+    def _post_load_and_state_initialization(self, input_args: dict[str, Any]) -> None:
+        if has_accelerator():
+            super()._post_load_and_state_initialization(input_args)
+
+    def _run_timed_pipe(self, input_args: dict[str, Any]) -> tuple[DiffusionOutput, float]:
+        if has_accelerator():
+            return super()._run_timed_pipe(input_args)
+        start = time.perf_counter()
+        output = self._run_pipe(input_args)
+        return output, time.perf_counter() - start
+
+    def run(self, input_args: dict[str, Any]) -> tuple[DiffusionOutput, list[float]]:
+        if has_accelerator():
+            return super().run(input_args)
+        self._validate_args(input_args)
+        self._run_warmup_calls(input_args)
+        timings: list[float] = []
+        for _ in range(self.config.num_iterations):
+            if self.config.batch_size:
+                output, batch_timings = self._run_pipe_batched(input_args)
+                timings += batch_timings
+            else:
+                output, seconds = self._run_timed_pipe(input_args)
+                timings.append(seconds)
+        return output, timings
+
+
+@register_model(REGISTERED["sd3"])
+class SD3Model(_Model):
+    """SD3-medium and SD3.5."""
+
+    pipeline_class = xFuserStableDiffusion3Pipeline
+    hybrid_class = HybridStableDiffusion3Pipeline
+    capabilities = ModelCapabilities(
+        pipefusion_parallel_degree=True,
+        use_cfg_parallel=True,
+        enable_slicing=True,
+        enable_tiling=True,
+    )
+
+
+@register_model(REGISTERED["sdxl"])
+class SDXLModel(_Model):
+    """SDXL. xDiT has no strategy for its U-Net but CFG parallelism."""
+
+    pipeline_class = xFuserStableDiffusionXLPipeline
+    hybrid_class = HybridStableDiffusionXLPipeline
+    capabilities = ModelCapabilities(
+        ulysses_degree=False,
+        ring_degree=False,
+        data_parallel_degree=False,
+        use_cfg_parallel=True,
+        enable_slicing=True,
+        enable_tiling=True,
+    )

@@ -1,0 +1,198 @@
+"""The flags ``--parallel`` and ``--hybrid_*``, and what they mean in xDiT's own flags. No xfuser here."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ..checkpoints import resolve
+from ..config import HybridConfig
+from ..guidance import RULES
+from ..plan import POLICIES
+
+STRATEGIES = ("cfg", "sequence", "pipefusion", "hybrid-cond")
+
+#: xDiT's degrees whose product, with 2 for CFG, is the number of processes.
+PROCESS_DEGREES = (
+    "data_parallel_degree",
+    "ulysses_degree",
+    "ring_degree",
+    "pipefusion_parallel_degree",
+    "tensor_parallel_degree",
+)
+# What hybrid-cond cannot be combined with so far. The last ones would be taken in silence and do nothing.
+_EXCLUDED_DEGREES = (*PROCESS_DEGREES, "text_encoder_tp_degree", "fully_shard_degree")
+_EXCLUDED_FLAGS = (
+    "use_parallel_vae",
+    "use_torch_compile",
+    "use_onediff",
+    "use_fast_attn",
+    "use_teacache",
+    "use_fbcache",
+    "cache_method",
+)
+
+_HYBRID_OPTIONS: dict[str, dict[str, Any]] = {
+    "policy": {"choices": list(POLICIES), "help": "which steps are PIPELINED"},
+    "guidance": {"choices": list(RULES), "help": "what stands for the guidance on a PIPELINED step"},
+    "interval": {"type": int, "metavar": "K", "help": "PIPELINED steps in the published window"},
+    "slope_window": {"type": int, "metavar": "L", "help": "steps over which the discrepancy's fall is measured"},
+    "slope_threshold": {"type": float, "metavar": "G", "help": "fall per step at which the window starts"},
+    "tau_cap": {"type": int, "metavar": "STEP", "help": "the latest step at which the window starts"},
+    "plan": {"metavar": "PLAN", "help": "for 'fixed': F or P a step, or START-END/GAP such as 8-48/2"},
+    "stages": {"type": int, "metavar": "N", "help": "stages of a PIPELINED step"},
+    "report": {"metavar": "DIR", "help": "write report.json and report.png there"},
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Parser of ``xdit-hybrid`` and of the runner: xDiT's flags, ours and the launcher's."""
+    from .compat import import_xfuser
+
+    import_xfuser()
+    from xfuser import xFuserArgs
+    from xfuser.config import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser(
+        prog="xdit-hybrid",
+        usage="%(prog)s --model MODEL --prompt PROMPT [--parallel STRATEGY] [--hybrid_...] [flags of xdit]",
+        description="Make pictures with one of xDiT's parallel strategies or with hybrid-cond, on as many processes as "
+        "the strategy needs. Takes what `xdit` takes.",
+    )
+    xFuserArgs.add_runner_args(parser)
+    add_options(parser)
+    launch = parser.add_argument_group("launch", "as for torchrun")
+    launch.add_argument("--nnodes", type=int, default=1)
+    launch.add_argument("--node_rank", type=int, default=0)
+    launch.add_argument("--master_addr", default="127.0.0.1")
+    launch.add_argument("--master_port", type=int, help="default: a free one; needed with --nnodes")
+    launch.add_argument("--nproc_per_node", type=int, help="default: what the strategy needs")
+    return parser
+
+
+def prepare(args: argparse.Namespace, gpus: int, world_size: int | None = None) -> HybridConfig | None:
+    """Check the flags together and turn ``--parallel`` into xDiT's, in place.
+
+    Args:
+        args: flags of `build_parser`. ``nproc_per_node`` is filled in.
+        gpus: GPUs of this machine.
+        world_size: processes that there are; None if they are yet to be launched.
+
+    Returns:
+        The strategy's configuration; None for one of xDiT's own strategies.
+
+    Raises:
+        ValueError: with the flag and the mend.
+    """
+    hybrid = read_config(args)
+    apply_strategy(args)
+    if args.nproc_per_node is None:
+        args.nproc_per_node = (world_size or count_processes(args)) // args.nnodes
+    check_processes(args, world_size or args.nproc_per_node * args.nnodes, args.nproc_per_node, gpus)
+    if hybrid:
+        resolve(args.model)
+    return hybrid
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--parallel`` and ``--hybrid_*`` to a parser, each in the underscore and the dash spelling."""
+    group = parser.add_argument_group("hybridiff-xdit")
+    group.add_argument("--parallel", choices=STRATEGIES, help="parallel strategy")
+    for name, details in _HYBRID_OPTIONS.items():
+        group.add_argument(*_spellings(f"hybrid_{name}"), default=None, **details)
+
+
+def read_config(args: argparse.Namespace) -> HybridConfig | None:
+    """The `HybridConfig` that the flags ask for; None unless ``--parallel hybrid-cond``.
+
+    Raises:
+        ValueError: a ``--hybrid_*`` flag is wrong, or given with another strategy.
+    """
+    given = {name: getattr(args, f"hybrid_{name}") for name in _HYBRID_OPTIONS}
+    if args.parallel == "hybrid-cond":
+        return HybridConfig(**given)
+    if flags := [f"--hybrid_{name}" for name, value in given.items() if value is not None]:
+        raise ValueError(f"{', '.join(flags)} need --parallel hybrid-cond: add it, or drop them.")
+    return None
+
+
+def apply_strategy(args: argparse.Namespace) -> None:
+    """Turn ``--parallel`` into xDiT's own flags, in place.
+
+    Raises:
+        ValueError: hybrid-cond is combined with something that it does not support.
+    """
+    if args.parallel in ("cfg", "hybrid-cond"):
+        args.use_cfg_parallel = True
+    if args.parallel == "sequence" and args.ulysses_degree * args.ring_degree == 1:
+        args.ulysses_degree = 2
+    if args.parallel == "pipefusion" and args.pipefusion_parallel_degree == 1:
+        args.pipefusion_parallel_degree = 2
+    if args.parallel == "hybrid-cond":
+        refuse_excluded(vars(args))
+
+
+def refuse_excluded(flags: Mapping[str, Any]) -> None:
+    """Raise a ValueError that names what hybrid-cond cannot be combined with so far."""
+    bad = [f"--{name} {flags[name]}" for name in _EXCLUDED_DEGREES if (flags.get(name) or 1) > 1]
+    bad += [f"--{name}" for name in _EXCLUDED_FLAGS if flags.get(name)]
+    if bad:
+        raise ValueError(
+            f"--parallel hybrid-cond cannot be combined with {', '.join(bad)} so far: drop "
+            f"{'it' if len(bad) == 1 else 'them'}."
+        )
+
+
+def count_processes(args: argparse.Namespace) -> int:
+    """Processes that xDiT's degrees ask for."""
+    return math.prod(getattr(args, name) for name in PROCESS_DEGREES) * (2 if args.use_cfg_parallel else 1)
+
+
+def check_processes(args: argparse.Namespace, world_size: int, processes_here: int, gpus: int) -> None:
+    """Refuse what xDiT would only trip over later.
+
+    Args:
+        args: flags after `apply_strategy`.
+        world_size: processes that there are, or that are to be launched.
+        processes_here: those of them on this machine.
+        gpus: GPUs of this machine.
+
+    Raises:
+        ValueError: the processes, or the lack of a GPU, do not fit the strategy.
+    """
+    needed = count_processes(args)
+    strategy = f"--parallel {args.parallel}" if args.parallel else "the parallel degrees"
+    if world_size != needed:
+        raise ValueError(
+            f"{strategy} needs {needed} processes, not {world_size}: use --nproc_per_node={needed}"
+            + (" (hybrid-cond: one process a branch)." if args.parallel == "hybrid-cond" else ".")
+        )
+    if 0 < gpus < processes_here:
+        raise ValueError(
+            f"{strategy} starts {processes_here} processes here, one a GPU, and there are {gpus} GPUs: "
+            "make more visible, or hide them all (CUDA_VISIBLE_DEVICES=) to run on the CPU."
+        )
+    if not gpus:
+        split = ("ulysses_degree", "ring_degree", "pipefusion_parallel_degree")
+        if bad := [f"--{name}" for name in split if getattr(args, name) > 1]:
+            raise ValueError(
+                f"xDiT runs {' and '.join(bad)} on GPUs only, and there is none: use --parallel cfg or hybrid-cond."
+            )
+
+
+def read_degrees(argv: list[str]) -> argparse.Namespace:
+    """The flags of xDiT's that matter to a strategy, read from an argument list whose rest is left alone."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in _EXCLUDED_DEGREES:
+        parser.add_argument(*_spellings(name), type=int, default=1)
+    for name in _EXCLUDED_FLAGS:
+        details: dict[str, Any] = {} if name == "cache_method" else {"action": "store_true"}
+        parser.add_argument(*_spellings(name), **details)
+    parser.add_argument(*_spellings("use_cfg_parallel"), action="store_true")
+    return parser.parse_known_args(argv)[0]
+
+
+def _spellings(name: str) -> list[str]:
+    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))

@@ -1,0 +1,100 @@
+"""xDiT's SD3 and SDXL pipelines with `hybrid-cond` in place of xDiT's CFG parallelism.
+
+With every other degree at 1, xDiT's own denoising loop does what diffusers' does, so these run the diffusers pipeline
+they wrap (as xDiT itself does on one process), with the denoiser hooked on xDiT's CFG group. Several prompts, several
+images a prompt and callbacks are then diffusers' own affair.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from .. import HybridConfig, apply_hybrid
+from .compat import import_xfuser
+from .options import refuse_excluded
+
+import_xfuser()
+
+from xfuser import (  # noqa: E402
+    EngineConfig,
+    xFuserStableDiffusion3Pipeline,
+    xFuserStableDiffusionXLPipeline,
+)
+from xfuser.config import InputConfig  # noqa: E402
+from xfuser.core.distributed import get_cfg_group, is_dp_last_group  # noqa: E402
+from xfuser.model_executor.pipelines.base_pipeline import xFuserPipelineBaseWrapper  # noqa: E402
+
+
+class HybridCond:
+    """What the two pipelines share. ``with_config`` comes first, then xDiT's ``from_pretrained``."""
+
+    hybrid = HybridConfig()
+    model: str | None = None
+    module: Any  # the diffusers pipeline
+
+    @classmethod
+    def with_config(cls, hybrid: HybridConfig, model: str | None = None) -> Any:
+        """This class, running `hybrid`, with a name for the report (default: the checkpoint it is loaded from)."""
+        return type(cls.__name__, (cls,), {"hybrid": hybrid, "model": model, "__module__": cls.__module__})
+
+    def __init__(self, pipeline: DiffusionPipeline, engine_config: EngineConfig) -> None:
+        _check(engine_config)
+        # Past xDiT's SDXL wrapper, which would patch the U-Net for its own CFG parallelism.
+        xFuserPipelineBaseWrapper.__init__(self, pipeline, engine_config)
+        apply_hybrid(self.module, self.hybrid, group=get_cfg_group().device_group, model=self.model)
+
+    def __call__(self, prompt: Any = None, **kwargs: Any) -> Any:
+        """The diffusers pipeline's call. As in xDiT, ranks that hand out no pictures return None."""
+        is_last = is_dp_last_group()
+        if not is_last:
+            kwargs["output_type"] = "latent"  # what nobody will see needs no decoding
+        output = self.module(prompt, **kwargs)
+        return output if is_last else None
+
+    def prepare_run(self, input_config: InputConfig, steps: int | None = None, sync_steps: int = 1) -> None:
+        """Warm up with a run of full length, whatever `steps` says: a plan belongs to a run's length."""
+        self(
+            [""] * input_config.batch_size,
+            height=input_config.height,
+            width=input_config.width,
+            num_inference_steps=input_config.num_inference_steps,
+            guidance_scale=input_config.guidance_scale,
+            generator=torch.Generator(self.module._execution_device).manual_seed(input_config.seed),
+            output_type=input_config.output_type,
+        )
+
+    def _convert_transformer_backbone(self, transformer: Any, *args: Any, **kwargs: Any) -> Any:
+        return transformer
+
+    def _convert_scheduler(self, scheduler: Any) -> Any:
+        return scheduler
+
+
+class HybridStableDiffusion3Pipeline(HybridCond, xFuserStableDiffusion3Pipeline):
+    """SD3 and SD3.5 on two ranks, one a branch."""
+
+
+class HybridStableDiffusionXLPipeline(HybridCond, xFuserStableDiffusionXLPipeline):
+    """SDXL on two ranks, one a branch."""
+
+
+def _check(engine_config: EngineConfig) -> None:
+    parallel = engine_config.parallel_config
+    refuse_excluded(
+        {
+            "data_parallel_degree": parallel.dp_degree,
+            "ulysses_degree": parallel.ulysses_degree,
+            "ring_degree": parallel.ring_degree,
+            "pipefusion_parallel_degree": parallel.pp_degree,
+            "tensor_parallel_degree": parallel.tp_degree,
+            "fully_shard_degree": parallel.fs_degree,
+            "use_parallel_vae": parallel.use_parallel_vae,
+            "use_torch_compile": engine_config.runtime_config.use_torch_compile,
+            "use_fast_attn": engine_config.fast_attn_config.use_fast_attn,
+        }
+    )
+    if parallel.cfg_degree != 2:
+        raise ValueError("hybrid-cond runs on xDiT's CFG group of two: add --use_cfg_parallel.")
