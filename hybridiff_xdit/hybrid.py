@@ -13,9 +13,10 @@ import json
 import logging
 import os
 import platform
+from contextlib import suppress
 from dataclasses import asdict
 from functools import lru_cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -208,9 +209,10 @@ class _Session:
         timesteps = pipe.scheduler.timesteps
         weights = list(denoiser.parameters())
         ends = (weights[0].flatten()[:4096], weights[-1].flatten()[:4096])
-        has = torch.device(noise.device).type
-        device = torch.cuda.get_device_name(noise.device) if has == "cuda" else platform.machine()
-        shapes = [(tuple(t.shape)) for t in tensors_of(inputs)]
+        # Reductions give the same bits only on the same hardware with the same number of threads.
+        is_cuda = noise.device.type == "cuda"
+        device = torch.cuda.get_device_name(noise.device) if is_cuda else (platform.machine(), torch.get_num_threads())
+        shapes = [tuple(t.shape) for t in tensors_of(inputs)]
         dtypes = [str(t.dtype) for t in tensors_of(inputs)]
         facts: dict[str, Any] = {
             "guidance on or off (--guidance_scale)": bool(pipe.do_classifier_free_guidance),
@@ -218,7 +220,7 @@ class _Session:
             "strategy (--hybrid_* flags)": str(self.config),
             "model (--model)": (_settings(denoiser), len(weights)),
             "model weights or adapters (--model)": checksum(ends),
-            "device type": device,
+            "device types or CPU threads (OMP_NUM_THREADS)": device,
             "dtypes": dtypes,
             "number of prompts, pictures, or the resolution": shapes,
             "scheduler": _settings(pipe.scheduler),
@@ -317,8 +319,11 @@ def _digest(fact: Any) -> torch.Tensor:
 
 @lru_cache(maxsize=1)
 def _versions() -> dict[str, str]:
-    packages = ("hybridiff_xdit", "torch", "diffusers", "transformers")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    versions = {"python": platform.python_version()}
+    for package in ("hybridiff_xdit", "torch", "diffusers", "transformers", "xfuser"):
+        with suppress(PackageNotFoundError):  # from plain diffusers, xfuser need not be there
+            versions[package] = version(package)
+    return versions
 
 
 def apply_hybrid(
@@ -371,10 +376,10 @@ def apply_hybrid(
 
 def remove_hybrid(pipe: Any) -> Any:
     """Take `hybrid-cond` off a pipeline, which then is as it was before. Nothing to do is no error."""
-    session = vars(pipe).get(_SESSION)
+    session = getattr(pipe, _SESSION, None)
     if session is not None:
         session.close()
-        delattr(pipe, _SESSION)
+        delattr(session.pipe, _SESSION)
     return pipe
 
 
@@ -385,5 +390,5 @@ def last_report(pipe: Any) -> dict[str, Any] | None:
     where it is not finite), ``tau_1``, ``tau_2`` (None where the policy has none), ``speedup_bound``, ``bytes_sent``
     (one count a rank), ``seconds_per_step`` (None where not measured), ``world_size``, ``versions``.
     """
-    session = vars(pipe).get(_SESSION)
+    session = getattr(pipe, _SESSION, None)  # xDiT's wrapper of a pipeline hands the question on
     return None if session is None else session.report

@@ -5,10 +5,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .plan import FULL, Plan
+from .plan import FULL, Phase, Plan
 
-#: Colour of each kind of work in the plan's picture, and of the phase between.
+#: Colour of each kind of work in the plan's picture, and of each phase behind the curve.
 _COLOURS = {"uncond": "#4c72b0", "cond": "#dd8452", "stage0": "#55a868", "stage1": "#8172b3", "-": "#eeeeee"}
+_PHASES = {Phase.WARM_UP: "#f7f7f2", Phase.PARALLELISM: "#ddeee1", Phase.FULLY_CONNECTING: "#f1f1f7"}
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
@@ -32,13 +33,16 @@ def _draw(report: dict[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     curve, grid = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
 
-    known = [(step, value) for step, value in report["discrepancy"] if value is not None and math.isfinite(value)]
-    if known:
-        curve.plot(*zip(*known, strict=True), "o-", color="#333333", markersize=3, linewidth=1, label="measured")
-        curve.set_ylim(bottom=0)
+    known = {step: math.nan if value is None else value for step, value in report["discrepancy"]}
+    values = [known.get(step, math.nan) for step in range(len(plan))]  # a gap where nothing was measured
+    curve.plot(values, "o-", color="#333333", markersize=3, linewidth=1)
+    curve.set_ylim(0, 1.15 * max([value for value in values if math.isfinite(value)], default=1.0))
+    for phase, colour in _PHASES.items():
+        steps = [row.step for row in plan.rows() if row.phase is phase]
+        if steps:
+            curve.axvspan(steps[0] - 0.5, steps[-1] + 0.5, color=colour, linewidth=0)
+            curve.text(steps[0] - 0.3, 0.97, phase.name, transform=curve.get_xaxis_transform(), va="top", fontsize=7)
     for i, row in enumerate(plan.rows()):
-        if row.kind is not FULL:
-            curve.axvspan(i - 0.5, i + 0.5, color=_COLOURS["stage0"], alpha=0.2, linewidth=0)
         for rank, work in enumerate(row.work):
             grid.barh(1 - rank, 1, left=i - 0.5, height=0.9, color=_COLOURS[work], edgecolor="white", linewidth=0.5)
     curve.set_ylabel("discrepancy M")
@@ -54,5 +58,5 @@ def _draw(report: dict[str, Any], path: Path) -> None:
     grid.set_xlim(-0.5, len(plan) - 0.5)
     used = [work for work in _COLOURS if any(work in row.work for row in plan.rows())]
     handles = [Patch(color=_COLOURS[work], label="idle" if work == "-" else work) for work in used]
-    curve.legend(handles=handles, loc="upper right", fontsize=8)
+    curve.legend(handles=handles, loc="center right", fontsize=8)
     figure.savefig(path, dpi=120)
