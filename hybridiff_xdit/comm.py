@@ -1,7 +1,8 @@
 """The few exchanges between the ranks, on a given process group.
 
-Predictions travel by collectives and boundaries point to point: on NCCL these are two communicators, so neither waits
-for the other, and on each of them every rank issues its operations in the same order.
+Predictions travel by collectives and boundaries point to point. On NCCL these are two communicators, so neither waits
+for the other. Every rank issues all its operations in one common order, so that a group whose communicator serves both
+(one that was initialised with ``device_id``) is slower, but does not hang.
 """
 
 from __future__ import annotations

@@ -35,9 +35,19 @@ _EXCLUDED_FLAGS = (
 )
 
 _HYBRID_OPTIONS: dict[str, dict[str, Any]] = {
-    "policy": {"choices": list(POLICIES), "help": "which steps are PIPELINED"},
-    "guidance": {"choices": list(RULES), "help": "what stands for the guidance on a PIPELINED step"},
-    "interval": {"type": int, "metavar": "K", "help": "PIPELINED steps in the published window"},
+    "policy": {
+        "choices": list(POLICIES),
+        "help": "which steps are PIPELINED (default: paper, or fixed with --hybrid_plan)",
+    },
+    "guidance": {
+        "choices": list(RULES),
+        "help": "what stands for the guidance on a PIPELINED step (default: mixed with paper, else reuse)",
+    },
+    "interval": {
+        "type": int,
+        "metavar": "K",
+        "help": "PIPELINED steps in the published window (default here and below: the published, scaled)",
+    },
     "slope_window": {"type": int, "metavar": "L", "help": "steps over which the discrepancy's fall is measured"},
     "slope_threshold": {"type": float, "metavar": "G", "help": "fall per step at which the window starts"},
     "tau_cap": {"type": int, "metavar": "STEP", "help": "the latest step at which the window starts"},
