@@ -92,7 +92,7 @@ class Comm:
 
 
 def checksum(value: Any) -> torch.Tensor:
-    """Order-sensitive checksum of the bits of every tensor in a nest: int64, shape [1], on the tensors' device.
+    """Order-sensitive checksum of the bits of every tensor in a nest: int64, shape [1], on the first tensor's device.
 
     Integer arithmetic, so that it does not depend on the order of summation and equal bits give equal sums.
     """
@@ -101,7 +101,7 @@ def checksum(value: Any) -> torch.Tensor:
         width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
         bits = tensor.detach().contiguous().view(-1).view(width).to(torch.int64)
         part = (bits * _weights(bits.numel(), bits.device)).sum().view(1)
-        total = part if total is None else total * 31 + part
+        total = part if total is None else total * 31 + part.to(total.device)
     assert total is not None, "nothing to sum"
     return total
 
