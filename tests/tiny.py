@@ -1,9 +1,13 @@
 """Pipelines with tiny random denoisers and no text encoders: they are called with prompt embeddings."""
 
+import inspect
+from functools import cache
+
 import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -26,13 +30,13 @@ def vae(channels: int) -> AutoencoderKL:
     ).eval()
 
 
-def sd3(layers: int = 4) -> StableDiffusion3Pipeline:
+def mmdit(**changes: object) -> SD3Transformer2DModel:
     torch.manual_seed(0)
-    transformer = SD3Transformer2DModel(
+    settings = dict(
         sample_size=16,
         patch_size=2,
         in_channels=16,
-        num_layers=layers,
+        num_layers=4,
         attention_head_dim=8,
         num_attention_heads=4,
         joint_attention_dim=24,
@@ -40,9 +44,13 @@ def sd3(layers: int = 4) -> StableDiffusion3Pipeline:
         pooled_projection_dim=20,
         out_channels=16,
         pos_embed_max_size=24,
-    ).eval()
+    )
+    return SD3Transformer2DModel(**{**settings, **changes}).eval()
+
+
+def sd3(layers: int = 4) -> StableDiffusion3Pipeline:
     return StableDiffusion3Pipeline(
-        transformer=transformer,
+        transformer=mmdit(num_layers=layers),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae(16),
         text_encoder=None,
@@ -115,6 +123,18 @@ def sd15() -> StableDiffusionPipeline:
 PIPELINES = {"sd3": sd3, "sdxl": sdxl, "sd15": sd15}
 
 
+def pipeline(name: str, device: str = "cpu") -> DiffusionPipeline:
+    """The pipeline ``name``, one for the whole process: whoever changes it changes it back."""
+    return _pipeline(name, device)
+
+
+@cache
+def _pipeline(name: str, device: str) -> DiffusionPipeline:
+    pipe = PIPELINES[name]().to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def prompt(name: str, count: int = 1, seed: int = 1) -> dict[str, torch.Tensor]:
     """Prompt and negative prompt embeddings for the pipeline ``name``."""
     generator = torch.Generator().manual_seed(seed)
@@ -127,8 +147,16 @@ def prompt(name: str, count: int = 1, seed: int = 1) -> dict[str, torch.Tensor]:
     }
 
 
+def noise(name: str, count: int = 1, size: tuple[int, int] = (16, 16), seed: int = 0) -> torch.Tensor:
+    """Initial noise for the pipeline ``name``, [count, C, *size]; it is what `call` starts from."""
+    channels = 16 if name == "sd3" else 4
+    return torch.randn(count, channels, *size, generator=torch.Generator().manual_seed(seed))
+
+
 def call(pipe, name: str, *, count: int = 1, seed: int = 0, **kwargs):
     """Latents of a short run, [B, C, H, W]."""
     settings = dict(num_inference_steps=10, guidance_scale=5.0, height=32, width=32, output_type="latent")
     settings.update(prompt(name, count), generator=torch.Generator().manual_seed(seed))
-    return pipe(**{**settings, **kwargs}).images
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    given = {key: value for key, value in {**settings, **kwargs}.items() if key in accepted}
+    return pipe(**{k: v.to(pipe.device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}).images

@@ -1,0 +1,256 @@
+"""What goes wrong is one clear error on every rank, in seconds. Each case has processes of its own."""
+
+import os
+import time
+
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+from diffusers import DDIMScheduler, PNDMScheduler
+from ranks import Ranks, device
+
+from hybridiff_xdit import HybridConfig, apply_hybrid
+
+PLAN = "FFFPPPFPFF"
+
+
+@pytest.fixture
+def ranks():
+    """Makes ranks that last for one test."""
+    made = []
+
+    def make(size: int = 2, **kwargs) -> Ranks:
+        made.append(Ranks(size, **kwargs))
+        return made[-1]
+
+    yield make
+    for group in made:
+        group.close()
+
+
+class Evaluations:
+    """Counts a denoiser's evaluations on this rank."""
+
+    def __init__(self, pipe) -> None:
+        denoiser = getattr(pipe, "transformer", None) or pipe.unet
+        module = denoiser.pos_embed if hasattr(denoiser, "pos_embed") else denoiser.conv_in
+        self.count = 0
+        module.register_forward_hook(self)
+
+    def __call__(self, *_) -> None:
+        self.count += 1
+
+
+def caught(pipe, name, *, fields=None, **kwargs):
+    """(kind of error, message, evaluations before it) of a call."""
+    apply_hybrid(pipe, HybridConfig(**(fields or {"plan": PLAN})))
+    evaluations = Evaluations(pipe)
+    try:
+        tiny.call(pipe, name, **kwargs)
+    except Exception as error:
+        return type(error).__name__, str(error), evaluations.count
+    return None, "no error", evaluations.count
+
+
+# The ranks differ before the first step.
+
+
+def differ(what):
+    """A call in which rank 1 has something else than rank 0."""
+    rank, name, kwargs = dist.get_rank(), "sdxl" if what == "scheduler" else "sd3", {}
+    pipe = tiny.pipeline(name, device())
+    if what == "noise":
+        kwargs = dict(seed=rank)
+    elif what == "prompts":
+        kwargs = tiny.prompt(name, seed=rank)
+    elif what == "negative prompts":
+        kwargs = {k: v for k, v in tiny.prompt(name, seed=5 + rank).items() if k.startswith("negative_prompt")}
+    elif what == "number of prompts":
+        kwargs = dict(count=1 + rank)
+    elif what == "resolution":
+        kwargs = dict(height=32 + 16 * rank)
+    elif what == "steps":
+        kwargs = dict(num_inference_steps=10 + rank)
+    elif what == "guidance":
+        kwargs = dict(guidance_scale=1.0 if rank else 5.0)
+    elif what == "plan":
+        kwargs = dict(fields={"plan": "FPFFFFFFFF" if rank else PLAN})
+    elif what == "dtype" and rank:
+        pipe.to(torch.bfloat16)
+        kwargs = {key: value.bfloat16() for key, value in tiny.prompt(name).items()}
+    elif what == "weights" and rank:
+        pipe.transformer.proj_out.bias.data += 0.1
+    elif what == "scheduler" and rank:
+        pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)
+    elif what == "prediction type of the scheduler" and rank:
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
+    return caught(pipe, name, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("noise", "initial noise (give every rank a generator with the same seed: --seed)"),
+        ("prompts", "prompts (--prompt, --negative_prompt)"),
+        ("negative prompts", "prompts (--prompt, --negative_prompt)"),
+        ("number of prompts", "number of prompts, pictures, or the resolution"),
+        ("resolution", "number of prompts, pictures, or the resolution"),
+        ("steps", "number of steps (--num_inference_steps)"),
+        ("guidance", "guidance on or off (--guidance_scale)"),
+        ("plan", "strategy (--hybrid_* flags)"),
+        ("dtype", "dtypes"),
+        ("weights", "model weights or adapters (--model)"),
+        ("scheduler", "scheduler"),
+    ],
+)
+def test_ranks_that_differ_are_told_in_what_before_the_first_step(ranks, what, says):
+    started = time.monotonic()
+    for kind, message, evaluations in ranks().run(differ, what):
+        assert kind == "RuntimeError"
+        assert says in message.removeprefix("hybrid-cond: the ranks started with different ").split(".")[0].split("; ")
+        assert "same arguments" in message
+        assert evaluations == 0
+    assert time.monotonic() - started < 30
+
+
+def differ_then_agree():
+    pipe = tiny.pipeline("sd3")
+    first = caught(pipe, "sd3", seed=dist.get_rank())
+    return first[0], tiny.call(pipe, "sd3")
+
+
+def test_a_call_after_such_an_error_is_right(ranks):
+    (kind, first), (_, second) = ranks().run(differ_then_agree)
+    assert kind == "RuntimeError"
+    assert torch.equal(first, second)
+
+
+# The ranks part during the run.
+
+
+def drift(step, fields):
+    """Rank 1 alone changes its latents after a step; then a call in which it does not."""
+
+    def callback(pipe, i, timestep, tensors):
+        return {"latents": tensors["latents"] * 1.001} if i == step and dist.get_rank() == 1 else {}
+
+    pipe = tiny.pipeline("sd3", device())
+    found = caught(pipe, "sd3", fields=fields, callback_on_step_end=callback)
+    return *found, tiny.call(pipe, "sd3").cpu()
+
+
+@pytest.mark.parametrize(
+    ("step", "fields", "noticed"),
+    [
+        (1, {"policy": "cfg"}, 2),
+        (1, {"plan": PLAN}, 2),
+        (3, {"plan": PLAN}, 6),  # FULL again
+        (6, {"plan": PLAN}, 8),
+        (8, {"plan": PLAN}, 9),  # the last step
+        (3, {"policy": "paper", "interval": 3, "tau_cap": 3}, 6),
+    ],
+    ids=str,
+)
+def test_drift_is_found_at_the_next_full_step(ranks, step, fields, noticed):
+    outcomes = ranks().run(drift, step, fields)
+    for kind, message, *_ in outcomes:
+        assert kind == "RuntimeError"
+        assert f"at step {noticed} the ranks' latents or prompts are no longer the same" in message
+        assert "seed" in message
+    assert torch.equal(outcomes[0][3], outcomes[1][3])
+
+
+# A rank dies, or leaves the run.
+
+
+def die(rank, step, how):
+    def callback(pipe, i, timestep, tensors):
+        if i == step and dist.get_rank() == rank:
+            if how == "dies":
+                os._exit(3)
+            raise FileNotFoundError("something of its own")
+        return {}
+
+    return caught(tiny.pipeline("sd3"), "sd3", callback_on_step_end=callback)
+
+
+@pytest.mark.parametrize(
+    ("how", "rank", "step"),
+    [("dies", 0, 1), ("dies", 0, 4), ("dies", 1, 1), ("dies", 1, 4), ("raises", 0, 1), ("raises", 1, 4)],
+)
+def test_a_rank_that_leaves_ends_the_other_with_its_number(ranks, rank, step, how):
+    started = time.monotonic()
+    outcomes = ranks(group_timeout=4).outcomes(die, rank, step, how)
+    assert time.monotonic() - started < 30
+    kind, message, _ = outcomes[1 - rank].value
+    assert kind == "RuntimeError"
+    assert f"rank {rank} did not answer rank {1 - rank}" in message
+    if how == "dies":
+        assert outcomes[rank].error == "ProcessDied: with exit code 3"
+    else:
+        assert outcomes[rank].value[:2] == ("FileNotFoundError", "something of its own")
+
+
+# What does not fit.
+
+
+def three():
+    apply_hybrid(tiny.pipeline("sd3"), HybridConfig())
+
+
+def test_three_ranks_are_refused(ranks):
+    for outcome in ranks(3).outcomes(three):
+        assert "ValueError: hybrid-cond runs on 2 ranks (one a branch), but the group has 3" in outcome.error
+        assert "--nproc_per_node 2" in outcome.error
+
+
+def does_not_fit(name, fields, steps):
+    return caught(tiny.pipeline(name), name, fields=fields, num_inference_steps=steps)
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps", "flags"),
+    [
+        ({"policy": "paper"}, 2, ("--hybrid_tau_cap", "--hybrid_interval", "--num_inference_steps")),
+        ({"policy": "paper", "interval": 7}, 10, ("--hybrid_tau_cap", "--hybrid_interval", "--num_inference_steps")),
+        ({"plan": PLAN}, 9, ("--hybrid_plan", "10 letters", "9 steps")),
+        ({"plan": "2-12/2"}, 10, ("--hybrid_plan", "END is 12", "10 steps")),
+    ],
+    ids=str,
+)
+def test_a_plan_that_does_not_fit_the_run(ranks, fields, steps, flags):
+    for kind, message, evaluations in ranks().run(does_not_fit, "sd3", fields, steps):
+        assert kind == "ValueError"
+        assert all(flag in message for flag in flags)
+        assert evaluations == 0
+
+
+def test_processes_without_a_group_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="init_process_group"):
+        apply_hybrid(tiny.pipeline("sd3"), HybridConfig())
+
+
+class Pipe:
+    def __init__(self, **parts):
+        vars(self).update(parts)
+
+
+class GuidedPipe(Pipe):
+    do_classifier_free_guidance = True
+
+
+@pytest.mark.parametrize("part", ["unet", "transformer"])
+def test_a_denoiser_that_is_not_understood_is_refused_and_left_alone(part):
+    pipe = GuidedPipe(**{part: torch.nn.Linear(2, 2)})
+    before = dict(vars(pipe))
+    with pytest.raises(ValueError, match=r"structure of Linear.*--parallel cfg"):
+        apply_hybrid(pipe, HybridConfig())
+    assert vars(pipe) == before
+
+
+@pytest.mark.parametrize("pipe", [Pipe(unet=torch.nn.Linear(2, 2)), GuidedPipe(prior=None)], ids=["no CFG", "no unet"])
+def test_a_pipeline_without_guidance_or_denoiser_is_refused(pipe):
+    with pytest.raises(ValueError, match="needs a pipeline that does classifier-free guidance"):
+        apply_hybrid(pipe, HybridConfig())

@@ -1,0 +1,438 @@
+"""What a user may ask of a pipeline: each thing asked of two ranks, and of a plain pipeline with the oracle inside it.
+
+An all-FULL plan must agree bit for bit, one with PIPELINED steps to 1e-5 of the latents' scale.
+"""
+
+import logging
+
+import numpy as np
+import oracle
+import pytest
+import ranks
+import tiny
+import torch
+import torch.distributed as dist
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3InpaintPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+)
+
+from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
+
+PLAN = "FFPPFPF"
+TOLERANCE = {"cpu": 1e-5, "cuda": 1e-4}
+
+
+def picture(seed: int) -> torch.Tensor:
+    return torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def scale_latents(pipe, step, timestep, tensors):
+    return {"latents": tensors["latents"] * (1 + 0.01 * step)}
+
+
+def guidance_off_at_3(pipe, step, timestep, tensors):
+    """The diffusers documentation's example of dynamic guidance."""
+    if step == 3:
+        pipe._guidance_scale = 0.0
+        return {name: tensor.chunk(2)[-1] for name, tensor in tensors.items()}
+    return {}
+
+
+def guidance_off_for_one_step():
+    kept = {}
+
+    def callback(pipe, step, timestep, tensors):
+        if step == 3:
+            kept.update(tensors)
+            pipe._guidance_scale = 0.0
+            return {name: tensor.chunk(2)[-1] for name, tensor in tensors.items()}
+        if step == 4:
+            pipe._guidance_scale = 5.0
+            return kept
+        return {}
+
+    return callback
+
+
+SDXL_TENSORS = ["prompt_embeds", "add_text_embeds", "add_time_ids"]
+SD3_TENSORS = ["prompt_embeds", "pooled_prompt_embeds"]
+ANOTHER = tiny.prompt("sd15", seed=9)["prompt_embeds"]
+OTHER_SIZES = dict(original_size=(64, 48), crops_coords_top_left=(4, 2), negative_original_size=(8, 8))
+
+#: Arguments of a call that change what the denoiser is asked: {id: (pipeline, arguments, plan that is run)}.
+CALLS = {
+    "several prompts": ("sd3", dict(count=3), PLAN),
+    "several prompts with several images each": ("sdxl", dict(count=2, num_images_per_prompt=2), PLAN),
+    "images per prompt": ("sd15", dict(num_images_per_prompt=2), PLAN),
+    "another negative prompt": ("sd15", dict(negative_prompt_embeds=ANOTHER), PLAN),
+    "sizes of the negative prompt": ("sdxl", dict(**OTHER_SIZES, negative_target_size=(16, 16)), PLAN),
+    "guidance_rescale, sdxl": ("sdxl", dict(guidance_rescale=0.7), PLAN),
+    "guidance_rescale, sd15": ("sd15", dict(guidance_rescale=0.7), PLAN),
+    "eta": ("sdxl", dict(eta=0.5), PLAN),
+    "pictures": ("sd3", dict(output_type="np"), PLAN),
+    "no multiple of the downsampling": ("sdxl", dict(latents=tiny.noise("sdxl", size=(10, 13))), PLAN),
+    "not square": ("sd3", dict(height=20, width=28), PLAN),
+    "other steps": ("sd3", dict(num_inference_steps=6), "FPPPFF"),
+    "sigmas": ("sd3", dict(sigmas=[1.0, 0.7, 0.5, 0.2]), "FFPF"),
+    "denoising_end": ("sdxl", dict(denoising_end=0.5, num_inference_steps=10), "FFPPF"),
+    "callback, sd3": ("sd3", dict(callback_on_step_end=scale_latents), PLAN),
+    "callback, sdxl": ("sdxl", dict(callback_on_step_end=scale_latents), PLAN),
+    "skip-layer guidance": (
+        "sd3",
+        dict(skip_guidance_layers=[1], skip_layer_guidance_start=0.0, skip_layer_guidance_stop=0.5),
+        PLAN,
+    ),
+    "guidance off midway, sd3": (
+        "sd3",
+        dict(callback_on_step_end=guidance_off_at_3, callback_on_step_end_tensor_inputs=SD3_TENSORS),
+        "FFPPFFF",
+    ),
+    "guidance off midway, sdxl": (
+        "sdxl",
+        dict(callback_on_step_end=guidance_off_at_3, callback_on_step_end_tensor_inputs=SDXL_TENSORS),
+        "FFPPFFF",
+    ),
+}
+
+#: Pipelines made of another's parts, with what they are called with.
+RELATIVES = {
+    "sd3 img2img": ("sd3", StableDiffusion3Img2ImgPipeline),
+    "sd3 inpaint": ("sd3", StableDiffusion3InpaintPipeline),
+    "sdxl img2img": ("sdxl", StableDiffusionXLImg2ImgPipeline),
+    "sdxl inpaint": ("sdxl", StableDiffusionXLInpaintPipeline),
+    "sd15 img2img": ("sd15", StableDiffusionImg2ImgPipeline),
+    "sd15 inpaint": ("sd15", StableDiffusionInpaintPipeline),
+}
+
+#: {id: (pipeline, scheduler, settings, evaluations in a run of 5)}
+SCHEDULERS = {
+    "Heun, sdxl": ("sdxl", HeunDiscreteScheduler, {}, 9),
+    "Heun, sd3": ("sd3", FlowMatchHeunDiscreteScheduler, {}, 9),
+    "Euler": ("sdxl", EulerDiscreteScheduler, {}, 5),
+    "ancestral": ("sdxl", EulerAncestralDiscreteScheduler, {}, 5),
+    "multistep": ("sd15", DPMSolverMultistepScheduler, {}, 5),
+    "v-prediction": ("sdxl", EulerDiscreteScheduler, {"prediction_type": "v_prediction"}, 5),
+}
+
+
+def compare(pipe, name, fields, plan, kwargs):
+    """(output, report, output of a plain pipeline with the oracle in it; None but on rank 0)."""
+    kwargs = {"num_inference_steps": len(PLAN), **kwargs}
+    apply_hybrid(pipe, HybridConfig(**fields))
+    try:
+        found, report = tiny.call(pipe, name, **kwargs), last_report(pipe)
+    finally:
+        remove_hybrid(pipe)
+    if dist.get_rank() == 1:
+        return cpu(found), report, None
+    with oracle.inside(pipe, plan=plan, cut=oracle.CUTS[name]):
+        return cpu(found), report, cpu(tiny.call(pipe, name, **kwargs))
+
+
+def cpu(images):
+    return images.cpu() if isinstance(images, torch.Tensor) else torch.from_numpy(np.stack(images))
+
+
+def check(outcomes, plan, tolerance=1e-5):
+    """Both ranks returned the same, and what the oracle says."""
+    (first, report, expected), (second, *_) = outcomes
+    assert report["plan"] == plan
+    assert torch.equal(first, second)
+    if "P" in plan:
+        assert ((first - expected).abs().max() / expected.abs().max()).item() < tolerance
+    else:
+        assert torch.equal(first, expected)
+
+
+def both_plans(argument, cases):
+    """Each case with its plan, and all FULL."""
+    plans = [pytest.param(case, kind, id=f"{case}, {kind}") for case in cases for kind in ("FULL", "PIPELINED")]
+    return pytest.mark.parametrize((argument, "kind"), plans)
+
+
+def fields_for(plan, kind):
+    plan = plan if kind == "PIPELINED" else "F" * len(plan)
+    return {"plan": plan}, plan
+
+
+def call(case, fields, plan):
+    name, kwargs, _ = CALLS[case]
+    return compare(tiny.pipeline(name, ranks.device()), name, fields, plan, kwargs)
+
+
+@both_plans("case", CALLS)
+def test_arguments_of_a_call(pair, case, kind):
+    fields, plan = fields_for(CALLS[case][2], kind)
+    check(pair.run(call, case, fields, plan), plan, TOLERANCE[pair.device])
+
+
+def relative(case, fields, plan):
+    name, kind = RELATIVES[case]
+    pipe = kind.from_pipe(tiny.pipeline(name, ranks.device()))
+    pipe.set_progress_bar_config(disable=True)
+    kwargs = dict(image=picture(1), mask_image=picture(2)[:, :1].round(), strength=0.5, num_inference_steps=10)
+    return compare(pipe, name, fields, plan, kwargs)
+
+
+@both_plans("case", RELATIVES)
+def test_image_to_image_and_inpainting(pair, case, kind):
+    fields, plan = fields_for("FFPPF", kind)
+    check(pair.run(relative, case, fields, plan), plan, TOLERANCE[pair.device])
+
+
+def another_scheduler(case, fields, plan, when):
+    name, kind, settings, _ = SCHEDULERS[case]
+    pipe = tiny.pipeline(name, ranks.device())
+    before, after = pipe.scheduler, kind.from_config(pipe.scheduler.config, **settings)
+    if when == "before apply":
+        pipe.scheduler = after
+    apply_hybrid(pipe, HybridConfig(**fields))
+    try:
+        if when == "after a call":
+            tiny.call(pipe, name, num_inference_steps=len(plan))
+        pipe.scheduler = after
+        found, report = tiny.call(pipe, name, num_inference_steps=5), last_report(pipe)
+        remove_hybrid(pipe)
+        assert "set_timesteps" not in vars(before).keys() | vars(after).keys()
+        with oracle.inside(pipe, plan=plan, cut=oracle.CUTS[name]):
+            return found.cpu(), report, tiny.call(pipe, name, num_inference_steps=5).cpu()
+    finally:
+        remove_hybrid(pipe)
+        pipe.scheduler = before
+
+
+@both_plans("case", SCHEDULERS)
+def test_schedulers(pair, case, kind):
+    fields, plan = fields_for("FFPPFPFFF"[: SCHEDULERS[case][3]], kind)
+    check(pair.run(another_scheduler, case, fields, plan, "before apply"), plan)
+
+
+@pytest.mark.parametrize("case", ["Euler", "Heun, sd3"])
+def test_a_scheduler_that_is_replaced_after_apply(pair, case):
+    plan = "FPFPFPFPF"[: SCHEDULERS[case][3]]
+    for when in ("after apply", "after a call"):
+        check(pair.run(another_scheduler, case, {"plan": f"1-{len(plan)}/2"}, plan, when), plan)
+
+
+def lora(name, fields, plan, argument):
+    """Half strength, given with the call; and to the oracle's pipeline as the adapter's own weight."""
+    from peft import LoraConfig
+
+    pipe = tiny.pipeline(name, ranks.device())
+    denoiser = pipe.transformer if name == "sd3" else pipe.unet
+    torch.manual_seed(3)
+    targets = ["to_q", "to_v", "proj_out"]
+    denoiser.add_adapter(LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, target_modules=targets), "style")
+    try:
+        kwargs, steps = {argument: {"scale": 0.5}}, {"num_inference_steps": len(plan)}
+        plain = tiny.call(pipe, name, **kwargs, **steps)
+        without = tiny.call(pipe, name, **{argument: {"scale": 0.0}}, **steps)
+        found, report, _ = compare(pipe, name, fields, plan, kwargs)
+        denoiser.set_adapters("style", 0.5)
+        with oracle.inside(pipe, plan=plan, cut=oracle.CUTS[name]):
+            return found, report, tiny.call(pipe, name, **steps), plain, without
+    finally:
+        denoiser.delete_adapters("style")
+
+
+@pytest.mark.parametrize("kind", ["FULL", "PIPELINED"])
+@pytest.mark.parametrize(
+    ("name", "argument"), [("sd3", "joint_attention_kwargs"), ("sdxl", "cross_attention_kwargs")], ids=["sd3", "sdxl"]
+)
+def test_lora_and_its_scale(pair, name, argument, kind):
+    fields, plan = fields_for(PLAN, kind)
+    outcomes = pair.run(lora, name, fields, plan, argument)
+    check([outcome[:3] for outcome in outcomes], plan)
+    found, *_, plain, without = outcomes[0]
+    assert (plain - without).abs().max() > 0.1  # the adapter does something
+    if kind == "FULL":
+        assert (found - plain).abs().max() < 1e-4 * plain.abs().max()
+
+
+# Over several calls.
+
+
+def repeated():
+    """Latents and plans of calls that differ in size, steps and number of prompts, and then of the first again."""
+    pipe, calls = tiny.pipeline("sdxl"), [{}, dict(height=48), dict(num_inference_steps=7), dict(count=2), {}]
+    apply_hybrid(pipe, HybridConfig(plan="2-7/2"))
+    try:
+        found = [(tiny.call(pipe, "sdxl", **kwargs), last_report(pipe)["plan"]) for kwargs in calls]
+    finally:
+        remove_hybrid(pipe)
+    expected = []
+    for kwargs, (_, plan) in zip(calls, found, strict=True):
+        with oracle.inside(pipe, plan=plan, cut=oracle.CUTS["sdxl"]):
+            expected.append(tiny.call(pipe, "sdxl", **kwargs))
+    return found, expected
+
+
+def test_calls_in_a_row(pair):
+    (found, expected), _ = pair.run(repeated)
+    assert [plan for _, plan in found] == ["FFPFPFPFFF", "FFPFPFPFFF", "FFPFPFP", "FFPFPFPFFF", "FFPFPFPFFF"]
+    for (latents, _), reference in zip(found, expected, strict=True):
+        assert (latents - reference).abs().max() < 1e-5 * reference.abs().max()
+    assert torch.equal(found[0][0], found[-1][0])
+
+
+def stop_at_4(pipe, step, timestep, tensors):
+    pipe._interrupt = step == 4
+    return {}
+
+
+def fail_at_4(pipe, step, timestep, tensors):
+    if step == 4:
+        raise InterruptedError("by the user")
+    return {}
+
+
+def cut_short(callback):
+    """Latents of a call after one that did not come to its end, on a plan that leaves a transfer in flight there."""
+    pipe = apply_hybrid(tiny.pipeline("sd3"), HybridConfig(plan="FFPPPPPPFF"))
+    try:
+        expected = tiny.call(pipe, "sd3")
+        try:
+            tiny.call(pipe, "sd3", callback_on_step_end=globals()[callback])
+        except InterruptedError:
+            assert callback == "fail_at_4"
+        report = last_report(pipe)
+        return tiny.call(pipe, "sd3"), expected, report
+    finally:
+        remove_hybrid(pipe)
+
+
+@pytest.mark.parametrize("callback", ["stop_at_4", "fail_at_4"])
+def test_a_call_after_one_that_was_cut_short(pair, callback):
+    for found, expected, report in pair.run(cut_short, callback):
+        assert report is None  # of an unfinished run
+        assert torch.equal(found, expected)
+
+
+def guidance_back_on():
+    pipe = tiny.pipeline("sd3")
+
+    def run():
+        tensors = dict(callback_on_step_end_tensor_inputs=SD3_TENSORS)
+        return tiny.call(pipe, "sd3", callback_on_step_end=guidance_off_for_one_step(), **tensors)
+
+    apply_hybrid(pipe, HybridConfig(plan="FFPPPPPPFF"))
+    try:
+        found, report = run(), last_report(pipe)
+    finally:
+        remove_hybrid(pipe)
+    with oracle.inside(pipe, plan="FFPPFFPPFF", cut=oracle.CUTS["sd3"]):
+        return found, report, run()
+
+
+def test_guidance_that_is_off_for_one_step_is_followed_by_a_full_one(pair):
+    # Steps 0-3 as planned, 4 without guidance; 5 should be PIPELINED, but nothing is known to go on from.
+    check(pair.run(guidance_back_on), "FFPPFFPPFF")
+
+
+# Taken off, put on twice, and not in use.
+
+
+def state(pipe, denoiser):
+    """Names of every attribute and hook that could be left behind."""
+    objects = [pipe, pipe.scheduler, *denoiser.modules()]
+    return [(sorted(vars(o)), len(getattr(o, "_forward_hooks", ()))) for o in objects]
+
+
+def taken_off(name, fields, times):
+    pipe = tiny.pipeline(name)
+    denoiser = pipe.transformer if name == "sd3" else pipe.unet
+    steps = {"num_inference_steps": len(PLAN)}
+    plain, before = tiny.call(pipe, name, **steps), state(pipe, denoiser)
+    weights = {key: value.clone() for key, value in denoiser.state_dict().items()}
+    for _ in range(times):
+        apply_hybrid(pipe, HybridConfig(**fields))
+    found = tiny.call(pipe, name, **steps)
+    assert state(pipe, denoiser) != before
+    assert remove_hybrid(pipe) is pipe
+    assert state(pipe, denoiser) == before
+    assert last_report(pipe) is None
+    remove_hybrid(pipe)
+    assert all(torch.equal(weights[key], value) for key, value in denoiser.state_dict().items())
+    assert torch.equal(tiny.call(pipe, name, **steps), plain)
+    return found
+
+
+@pytest.mark.parametrize("name", tiny.PIPELINES)
+def test_removal_leaves_nothing_behind_and_applying_twice_is_once(pair, name):
+    once, *_ = pair.run(taken_off, name, {"plan": PLAN}, 1)
+    twice, *_ = pair.run(taken_off, name, {"plan": PLAN}, 2)
+    assert torch.equal(once, twice)
+
+
+def applied_again():
+    """A second apply takes the place of the first, whatever was configured there."""
+    pipe = apply_hybrid(tiny.pipeline("sd3"), HybridConfig(policy="cfg"))
+    plans = []
+    for fields in ({"policy": "cfg"}, {"plan": PLAN}):
+        apply_hybrid(pipe, HybridConfig(**fields))
+        tiny.call(pipe, "sd3", num_inference_steps=len(PLAN))
+        plans.append(last_report(pipe)["plan"])
+    remove_hybrid(pipe)
+    return plans
+
+
+def test_applying_again_replaces_the_configuration(pair):
+    assert pair.run(applied_again) == [["F" * len(PLAN), PLAN]] * 2
+
+
+class Messages(logging.Handler):
+    """What the package logs, while open."""
+
+    def __enter__(self):
+        self.texts = []
+        logging.getLogger("hybridiff_xdit").addHandler(self)
+        return self.texts
+
+    def __exit__(self, *_):
+        logging.getLogger("hybridiff_xdit").removeHandler(self)
+
+    def emit(self, record):
+        self.texts.append(record.getMessage())
+
+
+def without_guidance(name):
+    pipe = tiny.pipeline(name)
+    unguided = {"guidance_scale": 1.0, "num_inference_steps": len(PLAN)}
+    plain = tiny.call(pipe, name, **unguided)
+    apply_hybrid(pipe, HybridConfig(plan=PLAN))
+    try:
+        with Messages() as texts:
+            found = [tiny.call(pipe, name, **unguided) for _ in range(2)]
+        return found, plain, texts, last_report(pipe)
+    finally:
+        remove_hybrid(pipe)
+
+
+@pytest.mark.parametrize("name", tiny.PIPELINES)
+def test_guidance_off_is_the_plain_result_and_one_warning(pair, name):
+    for found, plain, texts, report in pair.run(without_guidance, name):
+        assert all(torch.equal(latents, plain) for latents in found)
+        assert report is None
+        assert len(texts) == 1 and "guidance is off" in texts[0]
+
+
+def test_one_rank_is_the_plain_result_and_one_warning():
+    pipe = tiny.pipeline("sd3")
+    plain = tiny.call(pipe, "sd3")
+    before = state(pipe, pipe.transformer)
+    with Messages() as texts:
+        assert apply_hybrid(pipe, HybridConfig(plan=PLAN)) is pipe
+        assert torch.equal(tiny.call(pipe, "sd3"), plain)
+    assert state(pipe, pipe.transformer) == before
+    assert len(texts) == 1 and "two ranks" in texts[0]
+    assert last_report(pipe) is None

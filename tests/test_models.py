@@ -1,0 +1,75 @@
+"""The trained checkpoints that this repository ships: they load, and two ranks reproduce the oracle with them."""
+
+from functools import cache
+from pathlib import Path
+
+import oracle
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from diffusers import DiffusionPipeline
+
+from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
+
+MODELS = Path(__file__).parents[1] / "benchmarks" / "models"
+#: Number of blocks in front; first and last module of the inner part.
+CUTS = {"emoji-sd3": 4, "emoji-sdxl": ("down_blocks.1.attentions.0", "up_blocks.1.resnets.1")}
+STEPS = 10
+
+
+@cache
+def load(name):
+    pipe = DiffusionPipeline.from_pretrained(MODELS / name, torch_dtype=torch.float32, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(ranks.device())
+
+
+def draw(pipe):
+    """Latents for two prompts, [2, 4, 32, 32]."""
+    prompts = ["google style emoji of grinning face", "twitter style emoji of frog face"]
+    generator = torch.Generator().manual_seed(0)
+    call = dict(num_inference_steps=STEPS, guidance_scale=5.0, generator=generator, output_type="latent")
+    return pipe(prompts, **call).images.cpu()
+
+
+def both(name, fields):
+    """(latents, report, latents of the oracle for the plan that came of it)."""
+    pipe = apply_hybrid(load(name), HybridConfig(**fields))
+    latents, report = draw(pipe), last_report(pipe)
+    remove_hybrid(pipe)
+    if dist.get_rank():
+        return latents, report, None
+    with oracle.inside(pipe, plan=report["plan"], rule=report["config"]["guidance"], cut=CUTS[name]):
+        return latents, report, draw(pipe)
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_all_full_is_the_two_branches_one_by_one(pair, name):
+    (first, report, one_by_one), (second, *_) = pair.run(both, name, {"policy": "cfg"})
+    assert report["plan"] == "F" * STEPS
+    assert torch.equal(first, one_by_one)
+    assert torch.equal(second, one_by_one)
+
+
+@pytest.mark.parametrize("fields", [{"policy": "paper"}, {"plan": "2-9/3"}], ids=str)
+@pytest.mark.parametrize("name", CUTS)
+def test_pipelined_steps_are_the_oracle(pair, name, fields):
+    (first, report, latents), (second, *_) = pair.run(both, name, fields)
+    assert report["plan"].count("P") == (1 if "policy" in fields else 5)
+    assert torch.equal(first, second)
+    assert (first - latents).abs().max() < 1e-5 * latents.abs().max()
+
+
+def picture(name):
+    pipe = load(name)
+    generator = torch.Generator().manual_seed(0)
+    image = pipe("google style emoji of grinning face", num_inference_steps=20, generator=generator).images[0]
+    return image.size, image.resize((1, 1)).getpixel((0, 0))
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_a_grinning_face_is_yellow(pair, name):
+    for size, (red, green, blue) in pair.run(picture, name):
+        assert size == (64, 64)
+        assert red > green > blue + 30

@@ -1,0 +1,83 @@
+"""Two ranks against the oracle: an all-FULL plan bit for bit, any other to 1e-5 of the latents' scale (GPU: 1e-4)."""
+
+import itertools
+
+import oracle
+import pytest
+import ranks
+import tiny
+import torch
+import torch.distributed as dist
+
+from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
+
+#: What is asked for, and the plan that comes of it: one window, interleaved, PIPELINED as early and as late as can be.
+PLANS = {"FFFPPPFFFF": "FFFPPPFFFF", "3-9/2": "FFFPFPFPFF", "FPFPPPPFPF": "FPFPPPPFPF", "FFFFFFFPPP": "FFFFFFFPPP"}
+
+
+#: Largest difference allowed, relative to the largest latent.
+TOLERANCE = {"cpu": 1e-5, "cuda": 1e-4}
+
+
+def hybrid(name, fields, **kwargs):
+    """(latents, report) of the pipeline ``name`` on this rank."""
+    pipe = apply_hybrid(tiny.pipeline(name, ranks.device()), HybridConfig(**fields))
+    try:
+        return tiny.call(pipe, name, **kwargs).cpu(), last_report(pipe)
+    finally:
+        remove_hybrid(pipe)
+
+
+def expected(name, plan, rule="reuse"):
+    """(latents, discrepancy of the FULL steps) of the oracle, on this rank's device."""
+    pipe, noise = tiny.pipeline(name, ranks.device()), tiny.noise(name).to(ranks.device())
+    latents, discrepancy = oracle.denoise(pipe, tiny.prompt(name), noise, plan=plan, rule=rule, cut=oracle.CUTS[name])
+    return latents.cpu(), discrepancy
+
+
+def both(name, fields, plan, rule="reuse"):
+    """(latents, report, latents of the oracle). The oracle needs one process only."""
+    return *hybrid(name, fields), expected(name, plan, rule)[0] if dist.get_rank() == 0 else None
+
+
+def error(found, latents):
+    """Largest difference, relative to the largest latent."""
+    return ((found - latents).abs().max() / latents.abs().max()).item()
+
+
+@pytest.mark.parametrize("name", tiny.PIPELINES)
+def test_all_full_is_the_two_branches_one_by_one(pair, name):
+    (first, report, one_by_one), (second, *_) = pair.run(both, name, {"policy": "cfg"}, "F" * 10)
+    assert report["plan"] == "F" * 10
+    assert torch.equal(first, one_by_one)
+    assert torch.equal(second, one_by_one)
+
+
+@pytest.mark.parametrize("rule", ["mixed", "none", "reuse"])
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", tiny.PIPELINES)
+def test_a_fixed_plan_is_the_oracle(pair, name, plan, rule):
+    (first, report, latents), (second, *_) = pair.run(both, name, {"plan": plan, "guidance": rule}, PLANS[plan], rule)
+    assert report["plan"] == PLANS[plan]
+    assert torch.equal(first, second)
+    assert error(first, latents) < TOLERANCE[pair.device]
+
+
+# One constant makes the detector fire, the other leaves the cap.
+@pytest.mark.parametrize(("threshold", "fires"), [(1.0, True), (1e-9, False)], ids=["fires", "cap"])
+@pytest.mark.parametrize("name", tiny.PIPELINES)
+def test_paper_and_mixed_is_the_oracle(pair, name, threshold, fires):
+    fields = dict(policy="paper", interval=3, slope_window=1, slope_threshold=threshold, tau_cap=6)
+    (_, discrepancy), _ = pair.run(expected, name, "F" * 10)
+    falls = [before - after for before, after in itertools.pairwise(discrepancy)]
+    tau_1 = min((i + 2 for i, fall in enumerate(falls) if 0 <= fall < threshold), default=6)
+    tau_1 = min(tau_1, 6)
+    assert (tau_1 < 6) == fires
+    plan = "F" * tau_1 + "PPP" + "F" * (7 - tau_1)
+    (first, report, latents), (second, *_) = pair.run(both, name, fields, plan, "mixed")
+    assert (report["plan"], report["tau_1"], report["tau_2"]) == (plan, tau_1, tau_1 + 3)
+    assert torch.equal(first, second)
+    assert error(first, latents) < TOLERANCE[pair.device]
+    full = [step for step, kind in enumerate(plan) if kind == "F"]
+    assert [step for step, _ in report["discrepancy"]] == full
+    assert [value for _, value in report["discrepancy"]][:tau_1] == pytest.approx(discrepancy[:tau_1], rel=1e-4)

@@ -1,0 +1,315 @@
+"""Units in order are the denoiser itself, and the cut halves the cost. No process, and no weights of real size."""
+
+import inspect
+from contextlib import nullcontext
+
+import oracle
+import pytest
+import tiny
+import torch
+from diffusers import (
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from torch.utils.flop_counter import FlopCounterMode
+
+from hybridiff_xdit.partition import read
+
+
+def random(*shape: int, device: str = "cpu") -> torch.Tensor:
+    generator = None if device == "meta" else torch.Generator().manual_seed(len(shape))
+    return torch.randn(shape, generator=generator, device=device)
+
+
+def inputs(denoiser, size=(16, 16), batch: int = 1, tokens: int = 7, device: str = "cpu") -> dict:
+    """One branch's arguments of the denoiser's forward."""
+    config = denoiser.config
+    latent = random(batch, config.in_channels, *size, device=device)
+    if isinstance(denoiser, SD3Transformer2DModel):
+        return {
+            "hidden_states": latent,
+            "timestep": torch.full((batch,), 500.0, device=device),
+            "encoder_hidden_states": random(batch, tokens, config.joint_attention_dim, device=device),
+            "pooled_projections": random(batch, config.pooled_projection_dim, device=device),
+            "return_dict": False,
+        }
+    text = random(batch, tokens, config.cross_attention_dim, device=device)
+    given = {"sample": latent, "timestep": torch.tensor(500), "encoder_hidden_states": text, "return_dict": False}
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        time_ids = torch.full((batch, 6), 16.0, device=device)
+        given["added_cond_kwargs"] = {"text_embeds": random(batch, pooled, device=device), "time_ids": time_ids}
+    return given
+
+
+def by_units(denoiser, given: dict) -> torch.Tensor:
+    anatomy = read(denoiser)
+    activation = anatomy.start(given)
+    for unit in anatomy.units:
+        unit(activation)
+    assert not activation.skips
+    return anatomy.prediction(activation)
+
+
+def segments(denoiser, given: dict) -> list[tuple]:
+    """(first unit, last unit, rank, age) of each segment."""
+    anatomy = read(denoiser)
+    found = anatomy.partition(given).segments
+    return [(anatomy.units[s.start].name, anatomy.units[s.stop - 1].name, s.rank, s.age) for s in found]
+
+
+DENOISERS = {
+    "sd3": lambda: tiny.sd3().transformer,
+    "sd3 of odd depth": lambda: tiny.sd3(layers=3).transformer,
+    "sd3.5": lambda: tiny.mmdit(dual_attention_layers=(0, 1, 2), qk_norm="rms_norm"),
+    "sdxl": lambda: tiny.sdxl().unet,
+    "sd15": lambda: tiny.sd15().unet,
+    "v-prediction, upcast, centred": lambda: tiny.unet(center_input_sample=True, resnet_time_scale_shift="scale_shift"),
+    "two levels": lambda: tiny.unet(
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+    ),
+}
+
+# Sides that are no multiple of the downsampling come to the upsamplers as sizes. (SD3 wants even sides.)
+SIZES = {"sd3": [(16, 16), (10, 14), (20, 28)], "unet": [(16, 16), (20, 28), (10, 14), (11, 13), (6, 5)]}
+CASES = [(name, size) for name in DENOISERS for size in SIZES["sd3" if name.startswith("sd3") else "unet"]]
+
+
+@pytest.mark.parametrize(("name", "size"), CASES, ids=str)
+@torch.no_grad()
+def test_units_in_order_are_the_denoiser_bit_for_bit(name, size):
+    denoiser = DENOISERS[name]()
+    given = inputs(denoiser, size, batch=2)
+    assert torch.equal(by_units(denoiser, given), denoiser(**given)[0])
+
+
+@pytest.mark.parametrize("cast", ["autocast", "weights"])
+@pytest.mark.parametrize("name", ["sd3", "sd3.5", "sdxl", "sd15"])
+@torch.no_grad()
+def test_units_in_order_are_the_denoiser_in_bfloat16(name, cast):
+    denoiser = DENOISERS[name]()
+    given = inputs(denoiser)
+    if cast == "weights":
+        denoiser.to(torch.bfloat16)
+        given = {k: v.bfloat16() if k != "timestep" and isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    with torch.autocast("cpu", torch.bfloat16) if cast == "autocast" else nullcontext():
+        expected, found = denoiser(**given)[0], by_units(denoiser, given)
+    assert torch.equal(found, expected)
+    assert found.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["sd3", "sdxl", "sd15"])
+@torch.no_grad()
+def test_the_boundary_is_what_the_module_leaves(name):
+    """The engine catches its own boundary by a hook on the cut's module: what it catches must go on to the same end."""
+    denoiser = DENOISERS[name]()
+    given, caught = inputs(denoiser), []
+    anatomy = read(denoiser)
+    partition = anatomy.partition(given)
+    unit = anatomy.units[partition.cut]
+    with unit.module.register_forward_hook(lambda module, args, output: caught.append(unit.boundary(output))):
+        expected = denoiser(**given)[0]
+    assert [(t.shape, t.dtype) for t in caught[0]] == list(partition.shapes[partition.cut])
+    first, *_, last = partition.segments
+    activation = anatomy.start(given)
+    for index in range(first.start, first.stop if len(partition.segments) == 3 else 0):  # a U-Net's outer down
+        anatomy.units[index](activation)
+    activation.boundary = caught[0]
+    for index in range(last.start, last.stop):
+        anatomy.units[index](activation)
+    assert torch.equal(anatomy.prediction(activation), expected)
+
+
+# Where the cut lies.
+
+
+def test_the_tiny_denoisers_are_cut_where_the_oracle_cuts_them():
+    denoiser = DENOISERS["sd3"]()
+    assert segments(denoiser, inputs(denoiser)) == [
+        ("pos_embed", f"transformer_blocks.{oracle.CUTS['sd3'] - 1}", 0, 0),
+        (f"transformer_blocks.{oracle.CUTS['sd3']}", "proj_out", 1, 1),
+    ]
+    for name in ("sdxl", "sd15"):
+        denoiser = DENOISERS[name]()
+        assert segments(denoiser, inputs(denoiser))[1] == (*oracle.CUTS[name], 0, 0)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd15", "two levels"])
+def test_the_inner_part_of_a_unet_reads_only_skips_of_its_own(name):
+    denoiser = DENOISERS[name]()
+    anatomy = read(denoiser)
+    down, inner, up = anatomy.partition(inputs(denoiser)).segments
+    assert [(s.rank, s.age) for s in (down, inner, up)] == [(1, 0), (0, 0), (1, 1)]
+    skips = 0
+    for unit in anatomy.units[inner.start : inner.stop]:
+        skips += unit.pushes - unit.pops
+        assert skips >= 0
+    assert skips == 0
+    assert anatomy.units.index(next(u for u in anatomy.units if u.name == "mid_block")) in range(*inner[:2])
+
+
+def on_meta(model: type, **config) -> torch.nn.Module:
+    with torch.device("meta"):
+        return model(**config).eval()
+
+
+def sdxl_of_real_size() -> UNet2DConditionModel:
+    return on_meta(
+        UNet2DConditionModel,
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
+
+
+def sd3_of_real_size(**config) -> SD3Transformer2DModel:
+    settings = dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192)
+    return on_meta(SD3Transformer2DModel, **{**settings, **config})
+
+
+@pytest.fixture(scope="module")
+def sdxl_of_real_size_():
+    denoiser = sdxl_of_real_size()
+    given = inputs(denoiser, (128, 128), tokens=77, device="meta")
+    return denoiser, given, read(denoiser).partition(given)
+
+
+def test_sdxl_nests_around_its_deepest_level(sdxl_of_real_size_):
+    denoiser, given, partition = sdxl_of_real_size_
+    assert sum(p.numel() for p in denoiser.parameters()) == 2_567_463_684  # it is SDXL
+    down, inner, up = segments(denoiser, given)
+    assert down[0] == "conv_in" and up[1] == "conv_out"
+    assert inner[0].startswith(("down_blocks.1.", "down_blocks.2."))
+    assert inner[1].startswith("up_blocks.0.")
+    share = partition.flops[0] / sum(partition.flops)
+    assert 0.4 <= share <= 0.6
+    ((shape, _),) = partition.shapes[partition.cut]
+    assert shape == (1, 1280, 32, 32)  # as published: one tensor crosses back
+
+
+def test_sdxl_flops_are_those_of_the_whole(sdxl_of_real_size_):
+    denoiser, given, partition = sdxl_of_real_size_
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        denoiser(**given)
+    # The time embedding is made by every rank, and belongs to none.
+    assert sum(partition.flops) == pytest.approx(counter.get_total_flops(), rel=1e-4)
+
+
+def test_sd3_medium_is_cut_in_the_middle():
+    denoiser = sd3_of_real_size()
+    assert sum(p.numel() for p in denoiser.parameters()) == pytest.approx(2.03e9, rel=0.01)  # it is SD3-medium
+    given = inputs(denoiser, (128, 128), tokens=333, device="meta")
+    front, back = segments(denoiser, given)
+    assert front == ("pos_embed", "transformer_blocks.11", 0, 0)
+    assert back == ("transformer_blocks.12", "proj_out", 1, 1)
+    partition = read(denoiser).partition(given)
+    assert [shape for shape, _ in partition.shapes[partition.cut]] == [(1, 4096, 1536), (1, 333, 1536)]
+    assert partition.flops == sd3_flops(24, 12, width=1536, image=4096, text=333)
+
+
+def sd3_flops(layers: int, cut: int, width: int, image: int, text: int) -> tuple[int, int]:
+    """By pencil and paper: 2 FLOPs a multiplication, linear layers and attention; (front, back)."""
+    tokens = image + text
+    attention = 2 * 2 * tokens * tokens * width
+    modulation = 2 * width * 6 * width * 2  # of one vector, for both streams
+    block = 2 * tokens * width * width * (3 + 1 + 8) + attention + modulation
+    no_text_out = 2 * text * width * width * (1 + 8) + 2 * width * 4 * width  # what the last block leaves out
+    embed = 2 * image * width * 2 * 2 * 16 + 2 * text * width * 4096
+    out = 2 * width * 2 * width + 2 * image * width * 2 * 2 * 16
+    return embed + cut * block, (layers - cut) * block - no_text_out + out
+
+
+def test_sd35_counts_its_second_attention():
+    """SD3.5-medium: the first 13 of 24 blocks have one more attention, so the cut lies before the middle."""
+    denoiser = sd3_of_real_size(dual_attention_layers=tuple(range(13)), qk_norm="rms_norm", pos_embed_max_size=384)
+    given = inputs(denoiser, (128, 128), tokens=333, device="meta")
+    partition = read(denoiser).partition(given)
+    assert segments(denoiser, given)[0][1] in ("transformer_blocks.9", "transformer_blocks.10")
+    assert 0.45 <= partition.flops[0] / sum(partition.flops) <= 0.55
+
+
+def test_measuring_leaves_the_denoiser_as_it_was():
+    denoiser = DENOISERS["sdxl"]()
+    before = {name: value.clone() for name, value in denoiser.state_dict().items()}
+    given = inputs(denoiser)
+    with torch.no_grad():
+        expected = denoiser(**given)[0]
+        read(denoiser).partition(given)
+        assert torch.equal(denoiser(**given)[0], expected)
+    assert all(torch.equal(before[name], value) for name, value in denoiser.state_dict().items())
+
+
+# What is refused.
+
+
+def test_a_structure_that_is_not_understood_is_refused():
+    flux = on_meta(
+        FluxTransformer2DModel, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2
+    )
+    with pytest.raises(ValueError, match=r"FluxTransformer2DModel.*--parallel cfg"):
+        read(flux)
+    with pytest.raises(ValueError, match="Linear"):
+        read(torch.nn.Linear(2, 2))
+
+
+def test_a_unet_of_other_blocks_is_refused():
+    denoiser = tiny.unet(down_block_types=("DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D"))
+    with pytest.raises(ValueError, match=r"UNet2DConditionModel with AttnDownBlock2D.*--parallel cfg"):
+        read(denoiser)
+
+
+def test_one_block_is_enough():
+    denoiser = tiny.mmdit(num_layers=1)
+    assert segments(denoiser, inputs(denoiser)) == [
+        ("pos_embed", "transformer_blocks.0", 0, 0),
+        ("proj_out", "proj_out", 1, 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("sd3", "block_controlnet_hidden_states"),
+        ("sdxl", "mid_block_additional_residual"),
+        ("sdxl", "down_block_additional_residuals"),
+        ("sd15", "down_intrablock_additional_residuals"),
+    ],
+)
+def test_controlnet_and_adapter_inputs_are_refused(name, extra):
+    denoiser = DENOISERS[name]()
+    assert extra in inspect.signature(type(denoiser).forward).parameters
+    given = inputs(denoiser)
+    read(denoiser).check_inputs(given)
+    read(denoiser).check_inputs({**given, extra: None})
+    with pytest.raises(ValueError, match=rf"{extra}.*--hybrid_policy cfg"):
+        read(denoiser).check_inputs({**given, extra: (torch.zeros(1),)})
+
+
+def test_freeu_is_refused():
+    pipe = tiny.sdxl()
+    given = inputs(pipe.unet)
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.3, b2=1.4)
+    with pytest.raises(ValueError, match=r"FreeU.*disable_freeu"):
+        read(pipe.unet).check_inputs(given)
+    pipe.disable_freeu()
+    read(pipe.unet).check_inputs(given)
+
+
+def test_gligen_and_ip_adapter_are_refused():
+    unet, mmdit = DENOISERS["sdxl"](), DENOISERS["sd3"]()
+    with pytest.raises(ValueError, match="GLIGEN"):
+        read(unet).check_inputs({**inputs(unet), "cross_attention_kwargs": {"gligen": {}}})
+    with pytest.raises(ValueError, match="IP-Adapter"):
+        read(mmdit).check_inputs({**inputs(mmdit), "joint_attention_kwargs": {"ip_adapter_image_embeds": []}})

@@ -1,0 +1,170 @@
+"""What a run leaves to read, and that it says what was done: work, bytes, files, progress bar."""
+
+import io
+import json
+
+import pytest
+import ranks
+import tiny
+from PIL import Image
+
+from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
+from hybridiff_xdit.plan import Plan
+
+PLAN = "FFPPPFPFFF"
+HANDED_OVER = 2  # PIPELINED steps that are followed by another
+
+#: Numbers in each tiny denoiser's tensors for one picture: prediction, boundary that rank 0 sends, and rank 1.
+SIZES = {
+    "sd3": (16 * 16 * 16, 64 * 32 + tiny.TOKENS * 32, 0),  # image tokens and text tokens
+    "sdxl": (4 * 16 * 16, 32 * 4 * 4, 16 * 8 * 8),  # inner result; outer-down features
+    "sd15": (4 * 16 * 16, 16 * 8 * 8, 16 * 8 * 8),
+}
+AGREEMENT = 12 * 8  # twelve facts that are compared before the first step
+HEADER = 16  # of a FULL step's exchange: the checksum
+
+
+def run(name, fields, **kwargs):
+    pipe = apply_hybrid(tiny.pipeline(name, ranks.device()), HybridConfig(**fields))
+    try:
+        tiny.call(pipe, name, **kwargs)
+        return last_report(pipe)
+    finally:
+        remove_hybrid(pipe)
+
+
+def run_many(name, fields, count):
+    return run(name, fields, count=count)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("name", tiny.PIPELINES)
+def test_bytes_sent_are_those_counted_by_hand(pair, name, count):
+    prediction, *boundaries = (4 * count * numbers for numbers in SIZES[name])
+    full, pipelined = PLAN.count("F"), PLAN.count("P")
+    expected = [AGREEMENT + full * (HEADER + prediction) + HANDED_OVER * boundary for boundary in boundaries]
+    expected[1] += pipelined * prediction
+    for report in pair.run(run_many, name, {"plan": PLAN}, count):
+        assert report["bytes_sent"] == expected
+
+
+@pytest.mark.parametrize("name", tiny.PIPELINES)
+def test_all_full_sends_predictions_only(pair, name):
+    expected = AGREEMENT + 10 * (HEADER + 4 * SIZES[name][0])
+    for report in pair.run(run, name, {"policy": "cfg"}):
+        assert report["bytes_sent"] == [expected] * 2
+
+
+def count_calls(name, modules):
+    """How often each of the modules is evaluated on this rank."""
+    pipe = tiny.pipeline(name)
+    run(name, {"plan": PLAN})  # the first run counts the denoiser's FLOPs, for which it runs it on fake tensors
+    denoiser, counts = pipe.transformer if name == "sd3" else pipe.unet, dict.fromkeys(modules, 0)
+
+    def hook(module):
+        return lambda *_: counts.update({module: counts[module] + 1})
+
+    hooks = [denoiser.get_submodule(module).register_forward_hook(hook(module)) for module in modules]
+    try:
+        run(name, {"plan": PLAN})
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return counts
+
+
+# On a PIPELINED step rank 0 works only if the next step will read it; rank 1 always makes the prediction.
+@pytest.mark.parametrize(
+    ("name", "stage_0", "stage_1"),
+    [
+        ("sd3", ["pos_embed", "transformer_blocks.0", "transformer_blocks.1"], ["transformer_blocks.2", "proj_out"]),
+        ("sdxl", ["down_blocks.2.resnets.0", "mid_block"], ["conv_in", "down_blocks.1.attentions.1", "conv_out"]),
+        ("sd15", ["down_blocks.2.resnets.0", "mid_block"], ["conv_in", "down_blocks.1.resnets.0", "conv_out"]),
+    ],
+)
+def test_each_rank_evaluates_its_stage_only_and_only_if_it_is_read(pair, name, stage_0, stage_1):
+    full, pipelined = PLAN.count("F"), PLAN.count("P")
+    first, second = pair.run(count_calls, name, [*stage_0, *stage_1])
+    assert first == dict.fromkeys(stage_0, full + HANDED_OVER) | dict.fromkeys(stage_1, full)
+    assert second == dict.fromkeys(stage_0, full) | dict.fromkeys(stage_1, full + pipelined)
+
+
+TYPES = {
+    "model": str,
+    "config": dict,
+    "num_steps": int,
+    "plan": str,
+    "discrepancy": list,
+    "tau_1": int | None,
+    "tau_2": int | None,
+    "speedup_bound": float,
+    "bytes_sent": list,
+    "seconds_per_step": None,
+    "world_size": int,
+    "versions": dict,
+}
+
+
+@pytest.mark.parametrize(
+    "fields", [dict(plan=PLAN), dict(policy="cfg"), dict(policy="paper", interval=2, tau_cap=5)], ids=str
+)
+def test_report_files(pair, tmp_path, fields):
+    folder = tmp_path / "made" / "here"
+    first, second = pair.run(run, "sd3", {**fields, "report": str(folder)})
+    assert first == second
+    assert {path.name for path in folder.iterdir()} == {"report.json", "report.png"}
+    report = json.loads((folder / "report.json").read_text())
+    assert report == first
+    assert report.keys() == TYPES.keys()
+    for key, kind in TYPES.items():
+        assert report[key] is None if kind is None else isinstance(report[key], kind), key
+    plan = Plan.parse(report["plan"], report["num_steps"])
+    assert report["num_steps"] == 10 and report["world_size"] == 2
+    assert report["speedup_bound"] == plan.speedup_bound()
+    assert [step for step, _ in report["discrepancy"]] == [i for i, kind in enumerate(str(plan)) if kind == "F"]
+    assert all(isinstance(value, float) and 0 < value < 10 for _, value in report["discrepancy"])
+    assert fields.items() <= report["config"].items() and report["config"]["report"] == str(folder)
+    assert (report["tau_1"] is None) == (report["config"]["policy"] != "paper")
+    assert {"torch", "diffusers", "hybridiff_xdit"} <= report["versions"].keys()
+    with Image.open(folder / "report.png") as picture:
+        picture.load()
+        assert picture.width > 400 and picture.height > 200
+
+
+def test_no_report_was_asked_for(pair, tmp_path, monkeypatch):
+    for report in pair.run(run, "sd3", {"plan": PLAN}):
+        assert report["config"]["report"] is None
+
+
+def progress():
+    pipe, text = tiny.pipeline("sd3"), io.StringIO()
+    pipe.set_progress_bar_config(file=text, mininterval=0)
+    try:
+        run("sd3", {"plan": PLAN})
+    finally:
+        pipe.set_progress_bar_config(disable=True)
+    return text.getvalue()
+
+
+def test_one_progress_bar_with_phase_kind_and_discrepancy(pair):
+    first, second = pair.run(progress)
+    for words in ("WARM_UP FULL, M=0.", "PARALLELISM PIPELINED, M=0.", "FULLY_CONNECTING FULL, M=0.", "10/10"):
+        assert words in first
+    assert second == ""
+
+
+def test_the_report_is_named_after_the_model_or_as_told(pair):
+    for report, told in pair.run(named):
+        assert report["model"] == "StableDiffusion3Pipeline"
+        assert told["model"] == "my model"
+
+
+def named():
+    pipe = tiny.pipeline("sd3")
+    reports = []
+    for model in (None, "my model"):
+        apply_hybrid(pipe, HybridConfig(policy="cfg"), model=model)
+        tiny.call(pipe, "sd3", num_inference_steps=2)
+        reports.append(last_report(pipe))
+    remove_hybrid(pipe)
+    return reports

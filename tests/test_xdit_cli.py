@@ -1,0 +1,198 @@
+"""`xdit-hybrid`, without starting the processes: flags, process counts, refusals."""
+
+import dataclasses
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import xdit_tiny
+
+from hybridiff_xdit import HybridConfig
+from hybridiff_xdit.checkpoints import resolve
+from hybridiff_xdit.xdit import cli, options, script
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(xdit_tiny.save("sd3", tmp_path_factory.mktemp("sd3")))
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The torchrun command instead of its run."""
+    commands = []
+    monkeypatch.setattr(cli, "_run", lambda command: commands.append(command) or 0)
+    return commands
+
+
+@pytest.mark.parametrize(
+    ("flags", "processes"),
+    [
+        ("", 1),
+        ("--parallel cfg", 2),
+        ("--use-cfg-parallel", 2),
+        ("--use_cfg_parallel --data-parallel-degree=2", 4),
+        ("--parallel hybrid-cond", 2),
+        ("--parallel=hybrid-cond --use_cfg_parallel", 2),
+        ("--parallel hybrid-cond --hybrid-plan=8-48/2 --hybrid_guidance reuse", 2),
+        ("--parallel hybrid-cond --nproc_per_node 2", 2),
+    ],
+)
+def test_processes_are_counted(launched, model, flags, processes):
+    assert cli.main(["--model", model, "--prompt", "a cat", *flags.split()]) == 0
+    assert f"--nproc_per_node={processes}" in launched[0]
+    assert launched[0][-len(flags.split()) :] == flags.split() or not flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "processes"),
+    [
+        ("--parallel sequence", 2),
+        ("--parallel sequence --ring_degree 4", 4),
+        ("--parallel pipefusion", 2),
+        ("--parallel pipefusion --pipefusion-parallel-degree=4 --use_cfg_parallel", 8),
+        ("--parallel cfg --ulysses_degree 2", 4),
+    ],
+)
+def test_processes_are_counted_where_there_are_gpus(launched, model, monkeypatch, flags, processes):
+    monkeypatch.setattr(cli, "count_gpus", lambda: 8)
+    cli.main(["--model", model, "--prompt", "a cat", *flags.split()])
+    assert f"--nproc_per_node={processes}" in launched[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--parallel hybrid-cond --hybrid_policy best", ("--hybrid_policy", "paper")),
+        ("--parallel hybrid-cond --hybrid_guidance best", ("--hybrid_guidance", "mixed")),
+        ("--parallel hybrid-cond --hybrid_plan FPX", ("--hybrid_plan", "START-END/GAP")),
+        ("--parallel hybrid-cond --hybrid_interval 0", ("--hybrid_interval", "1 or more")),
+        ("--parallel hybrid", ("--parallel", "hybrid-cond")),
+        ("--hybrid_policy paper", ("--hybrid_policy", "--parallel hybrid-cond")),
+        ("--parallel cfg --hybrid_interval 5", ("--hybrid_interval", "--parallel hybrid-cond")),
+        ("--parallel hybrid-cond --ulysses-degree 2", ("--ulysses_degree 2", "drop it")),
+        ("--parallel hybrid-cond --data_parallel_degree=2 --use_parallel_vae", ("--use_parallel_vae", "drop them")),
+        ("--parallel hybrid-cond --nproc_per_node 3", ("needs 2 processes, not 3", "--nproc_per_node=2")),
+        ("--parallel hybrid-cond --model nothing", ("--model nothing", "emoji-sd3")),
+        ("--parallel sequence", ("--ulysses_degree", "GPU", "hybrid-cond")),
+        ("--parallel cfg --nnodes 2", ("--master_port",)),
+        ("--no_such_flag", ("--no_such_flag",)),
+    ],
+)
+def test_wrong_flags_end_before_the_launch(launched, model, monkeypatch, capfd, flags, words):
+    monkeypatch.setattr(cli, "count_gpus", lambda: 0)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--model", model, "--prompt", "a cat", *flags.split()])
+    message = capfd.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2
+    assert all(word in message for word in words), message
+    assert not launched
+
+
+def test_too_few_gpus(launched, model, monkeypatch, capfd):
+    monkeypatch.setattr(cli, "count_gpus", lambda: 1)
+    with pytest.raises(SystemExit):
+        cli.main(["--model", model, "--prompt", "a cat", "--parallel", "hybrid-cond"])
+    assert "CUDA_VISIBLE_DEVICES" in capfd.readouterr().err
+
+
+def test_every_field_of_the_configuration_is_a_flag():
+    assert set(options._HYBRID_OPTIONS) == {field.name for field in dataclasses.fields(HybridConfig)}
+
+
+def test_flags_reach_the_configuration(model):
+    args = options.build_parser().parse_args(
+        ["--model", model, "--parallel", "hybrid-cond", "--hybrid-interval", "7", "--hybrid_slope_threshold=1e-3"]
+    )
+    assert options.prepare(args, gpus=0) == HybridConfig(interval=7, slope_threshold=1e-3)
+    assert args.use_cfg_parallel
+
+
+@pytest.mark.parametrize(
+    "command", [["hybridiff_xdit.xdit.cli"], ["hybridiff_xdit.xdit.runner"], ["hybridiff_xdit.launch"]]
+)
+def test_help(command):
+    result = subprocess.run([sys.executable, "-m", *command, "--help"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "--parallel {cfg,sequence,pipefusion,hybrid-cond}" in result.stdout
+    assert "--hybrid_plan" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("argv", "processes", "expected"),
+    [
+        ("--parallel hybrid-cond s.py --model m", 2, "--model m --use_cfg_parallel"),
+        (
+            "s.py --model m --hybrid-policy cfg --prompt a b --parallel=hybrid-cond --seed 1",
+            2,
+            "--model m --prompt a b --seed 1 --use_cfg_parallel",
+        ),
+        ("s.py --use-cfg-parallel --parallel cfg", 2, "--use-cfg-parallel"),
+        ("s.py --parallel sequence --ring-degree=4", 4, "--ring-degree=4"),
+        ("s.py --parallel sequence", 2, "--ulysses_degree 2"),
+        ("s.py --own_flag x", 1, "--own_flag x"),
+    ],
+)
+def test_launch_hands_the_script_xdits_flags(monkeypatch, argv, processes, expected):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(script, "count_gpus", lambda: 8)
+    args, rest = script._split(script.build_parser(), argv.split())
+    hybrid, script_args = script._translate(args, rest)
+    assert args.script == "s.py"
+    assert script_args == expected.split()
+    assert (hybrid is not None) == ("hybrid-cond" in argv)
+
+
+def test_launch_refuses_other_pipelines(monkeypatch):
+    from hybridiff_xdit.xdit import pipelines
+
+    xfuser = pipelines.import_xfuser()
+    for owner, name in (
+        (xfuser, "xFuserStableDiffusion3Pipeline"),
+        (xfuser, "xFuserStableDiffusionXLPipeline"),
+        (pipelines.xFuserPipelineBaseWrapper, "__init__"),
+    ):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back after the test
+    script._replace_pipelines(HybridConfig())
+    assert issubclass(xfuser.xFuserStableDiffusion3Pipeline, pipelines.HybridCond)
+    with pytest.raises(ValueError, match="SD3 and SDXL pipelines, not xFuserFluxPipeline"):
+        xfuser.xFuserFluxPipeline(None, None)
+
+
+def test_the_command_ends_with_the_status_of_torchrun():
+    launcher = "import sys; from hybridiff_xdit.xdit import cli; cli._run([sys.executable, '-c', 'exit(7)'])"
+    assert subprocess.run([sys.executable, "-c", launcher]).returncode == 7
+
+
+def test_checkpoints(model, tmp_path, monkeypatch):
+    local = resolve(model)
+    assert (local.family, local.size, local.guidance_scale) == ("sd3", 32, 7.0)
+    assert "text_encoder_3" in local.absent
+    assert resolve("stabilityai/stable-diffusion-xl-base-1.0").family == "sdxl"
+    monkeypatch.setenv("HYBRIDIFF_MODELS", str(tmp_path))
+    with pytest.raises(ValueError, match="HYBRIDIFF_MODELS"):
+        resolve("emoji-sd3")
+    xdit_tiny.save("sdxl", tmp_path)
+    (tmp_path / "sdxl").rename(tmp_path / "emoji-sdxl")
+    assert resolve("emoji-sdxl").family == "sdxl"
+    (tmp_path / "emoji-sdxl" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(ValueError, match="FluxPipeline"):
+        resolve("emoji-sdxl")
+
+
+def test_the_pipelines_check_the_degrees():
+    from hybridiff_xdit.xdit import pipelines
+
+    def engine(**changes):
+        degrees = {f"{name}_degree": 1 for name in ("dp", "ulysses", "ring", "pp", "tp", "fs")}
+        parallel = SimpleNamespace(**{**degrees, "cfg_degree": 2, "use_parallel_vae": False, **changes})
+        off = SimpleNamespace(use_torch_compile=False, use_fast_attn=False)
+        return SimpleNamespace(parallel_config=parallel, runtime_config=off, fast_attn_config=off)
+
+    pipelines._check(engine())
+    with pytest.raises(ValueError, match="--use_cfg_parallel"):
+        pipelines._check(engine(cfg_degree=1))
+    with pytest.raises(ValueError, match="--pipefusion_parallel_degree 2"):
+        pipelines._check(engine(pp_degree=2))

@@ -1,0 +1,174 @@
+"""xDiT's pipelines, runner and example scripts under hybrid-cond, on two gloo ranks."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from importlib.metadata import files
+from pathlib import Path
+
+import pytest
+import torch
+import xdit_tiny
+from diffusers import DiffusionPipeline
+
+TESTS = Path(__file__).parent
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
+
+
+def torchrun(*command, processes=2, cwd=None, check=True):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    run = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    result = subprocess.run([*run, *map(str, command)], env=ENV, cwd=cwd, capture_output=True, text=True, timeout=240)
+    assert not check or result.returncode == 0, result.stderr[-4000:]
+    return result
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("sd3", "sdxl"):
+        xdit_tiny.save(name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(models):
+    """What each rank got, by (checkpoint, policy)."""
+    torchrun(TESTS / "xdit_worker.py", models)
+    return [torch.load(models / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """As the ranks: another number of threads sums in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def load(models, name):
+    pipe = DiffusionPipeline.from_pretrained(models / name, **xdit_tiny.ABSENT[name])
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+def branch_by_branch(pipe, call):
+    """SD3's loop with the two branches evaluated one by one, [B, C, H, W]."""
+    cond, uncond, pooled_c, pooled_u = pipe.encode_prompt(
+        call["prompt"], None, None, negative_prompt=call["negative_prompt"], do_classifier_free_guidance=True
+    )
+    pipe.scheduler.set_timesteps(call["num_inference_steps"])
+    size = xdit_tiny.COMMON["height"] // pipe.vae_scale_factor
+    shape = (1, pipe.transformer.config.in_channels, size, size)
+    latents = torch.randn(shape, generator=xdit_tiny.generator())
+    for t in pipe.scheduler.timesteps:
+        pred_u, pred_c = (
+            pipe.transformer(
+                hidden_states=latents,
+                timestep=t.expand(1),
+                encoder_hidden_states=tokens,
+                pooled_projections=pooled,
+                return_dict=False,
+            )[0]
+            for tokens, pooled in ((uncond, pooled_u), (cond, pooled_c))
+        )
+        guided = pred_u + call["guidance_scale"] * (pred_c - pred_u)
+        latents = pipe.scheduler.step(guided, t, latents, return_dict=False)[0]
+    return latents
+
+
+def test_sd3_all_full_is_bit_identical(models, results):
+    expected = branch_by_branch(load(models, "sd3"), xdit_tiny.CALLS["sd3"])
+    assert torch.equal(results[1]["sd3", "cfg"][0], expected)
+
+
+def test_sdxl_with_prompts_and_images_is_plain_diffusers(models, results):
+    expected = load(models, "sdxl")(
+        **xdit_tiny.CALLS["sdxl"], **xdit_tiny.COMMON, generator=xdit_tiny.generator()
+    ).images
+    assert expected.shape[0] == 4
+    torch.testing.assert_close(results[1]["sdxl", "cfg"][0], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sd3", "sdxl"])
+def test_pipelined_steps_are_taken(results, name):
+    full, fixed = results[1][name, "cfg"], results[1][name, "fixed"]
+    assert fixed[1]["plan"] == "FFPPFPFF"
+    assert fixed[1]["model"] == name
+    assert not torch.equal(full[0], fixed[0])
+    assert (full[0] - fixed[0]).abs().max() < full[0].abs().max()
+
+
+def test_only_the_last_rank_hands_out_pictures(results):
+    assert all(images is None for images, _ in results[0].values())
+
+
+def test_cli_makes_a_picture_and_a_report(models, tmp_path):
+    command = [sys.executable, "-m", "hybridiff_xdit.xdit.cli", "--model", str(models / "sd3"), "--prompt", "a cat"]
+    command += ["--parallel", "hybrid-cond", "--num_inference_steps", "10", "--hybrid-plan", "3-9/2"]
+    command += ["--output_directory", str(tmp_path / "new"), "--hybrid_report", str(tmp_path / "report")]
+    result = subprocess.run(command, env=ENV, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert [path.name for path in (tmp_path / "new").glob("*.png")] == ["sd3_hybrid-cond_u1r1_tc_False_32x32_0.png"]
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["plan"] == "FFFPFPFPFF"
+    assert report["model"] == str(models / "sd3")
+
+
+def launch(script, model, *flags, cwd, **kwargs):
+    size = ("--height", 32, "--width", 32, "--num_inference_steps", 10, "--guidance_scale", 5)
+    shim = TESTS / "xdit_cuda_shim.py"
+    prompts = ("--prompt", "a cat", "two dogs")
+    return torchrun(
+        *("-m", "hybridiff_xdit.launch", shim, script, "--model", model, *prompts, *size, *flags), cwd=cwd, **kwargs
+    )
+
+
+def test_launch_runs_an_sd3_script(models, tmp_path):
+    flags = ("--parallel", "hybrid-cond", "--hybrid-policy=paper", "--hybrid_report", tmp_path)
+    launch(TESTS / "xdit_sd3_script.py", models / "sd3", *flags, cwd=tmp_path)
+    assert len(list(tmp_path.glob("sd3_cfg2_*.png"))) == 2
+    assert "P" in json.loads((tmp_path / "report.json").read_text())["plan"]
+
+
+def test_launch_runs_xdits_sdxl_example(models, tmp_path):
+    example = next(path for path in files("xfuser") or () if str(path) == "examples/sdxl_example.py").locate()
+    (tmp_path / "results").mkdir()  # the example expects it
+    launch(example, models / "sdxl", "--parallel", "hybrid-cond", "--hybrid_report", tmp_path, cwd=tmp_path)
+    assert len(list((tmp_path / "results").glob("*_cfg2_*.png"))) == 2
+    assert "P" in json.loads((tmp_path / "report.json").read_text())["plan"]
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_wrong_world_size(models, processes, tmp_path):
+    start = time.monotonic()
+    result = launch(
+        *(TESTS / "xdit_sd3_script.py", models / "sd3", "--parallel", "hybrid-cond"),
+        processes=processes,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert result.returncode != 0
+    assert f"needs 2 processes, not {processes}: use --nproc_per_node=2" in result.stderr
+    assert time.monotonic() - start < 60
+
+
+def test_wrong_combination_under_launch(models, tmp_path):
+    flags = ("--parallel", "hybrid-cond", "--ulysses-degree", 2)
+    result = launch(TESTS / "xdit_sd3_script.py", models / "sd3", *flags, cwd=tmp_path, check=False)
+    assert result.returncode != 0
+    assert "cannot be combined with --ulysses_degree 2" in result.stderr
+
+
+def test_runner_refuses_a_wrong_world_size(models, tmp_path):
+    flags = ("--model", models / "sd3", "--prompt", "a cat", "--parallel", "hybrid-cond")
+    result = torchrun("-m", "hybridiff_xdit.xdit.runner", *flags, processes=1, cwd=tmp_path, check=False)
+    assert result.returncode != 0
+    assert "error on rank 0: --parallel hybrid-cond needs 2 processes, not 1" in result.stderr

@@ -1,0 +1,67 @@
+"""Tiny random SD3 and SDXL checkpoints in diffusers format, with text encoders and tokenizers of their own."""
+
+import json
+import string
+from pathlib import Path
+
+import tiny
+import torch
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+
+def save(name: str, folder: Path) -> Path:
+    """Write the checkpoint ``sd3`` or ``sdxl`` to ``folder``."""
+    pipe = tiny.PIPELINES[name]()
+    tokenizer = _tokenizer(folder / "words")
+    torch.manual_seed(1)
+    first = CLIPTextModelWithProjection if name == "sd3" else CLIPTextModel
+    pipe.register_modules(
+        text_encoder=first(_text_config(tokenizer, 10)).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer, 10 if name == "sd3" else 20)).eval(),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+    )
+    pipe.save_pretrained(folder / name)
+    return folder / name
+
+
+def _text_config(tokenizer: CLIPTokenizer, projection: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=12,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=projection,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _tokenizer(folder: Path) -> CLIPTokenizer:
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = list(string.ascii_lowercase)
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+
+
+#: What the tests call the pipelines with, by checkpoint.
+CALLS = {
+    "sd3": {"prompt": "a cat", "negative_prompt": "ugly", "num_inference_steps": 8, "guidance_scale": 7.0},
+    "sdxl": {
+        "prompt": ["a cat", "two dogs"],
+        "negative_prompt": ["ugly", "grey"],
+        "num_images_per_prompt": 2,
+        "num_inference_steps": 8,
+        "guidance_scale": 5.0,
+    },
+}
+COMMON = {"height": 32, "width": 32, "output_type": "latent"}
+ABSENT = {"sd3": {"text_encoder_3": None, "tokenizer_3": None}, "sdxl": {}}
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(42)
