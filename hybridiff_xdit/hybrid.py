@@ -15,7 +15,7 @@ import os
 import platform
 from contextlib import suppress
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,7 @@ class _Session:
         self.scheduler = self.pipe.scheduler
         original = self.scheduler.set_timesteps
 
+        @wraps(original)  # pipelines look at its signature
         def set_timesteps(*args: Any, **kwargs: Any) -> Any:
             self.run = None
             return original(*args, **kwargs)

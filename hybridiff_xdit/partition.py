@@ -13,7 +13,8 @@ The number on an edge is the **age in steps of the boundary** that crosses there
 * U-Net: the inner part of step i reads the outer-down features of step i itself: age 0. The outer-up part of step i
   reads the inner result of step i-1: age 1. Its skips are its own, of step i. Sending the features costs nothing on
   the critical path (rank 0 has as long for the inner part as rank 1 has until it needs it on step i+1), makes the
-  boundary a step fresher than waiting for them a step would, and spares rank 0 a second evaluation of the outer down.
+  boundary a step fresher than waiting for them a step would, and spares rank 0 a second evaluation of the outer down
+  (counted for SDXL at 1024 px: 10% of a forward's FLOPs, against 1.3 MB in fp16).
 * On the first PIPELINED step after a FULL one, the age-1 boundary is the one that rank 1 made itself on the FULL step,
   with the cond embeddings; none is sent.
 
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -115,11 +116,23 @@ class Anatomy(ABC):
     #: Inputs of the denoiser's forward that the units understand, and the one that holds the LoRA scale.
     understood: ClassVar[frozenset[str]]
     attention_kwargs: ClassVar[str]
+    #: Attributes that a denoiser of the family has, and the classes of its blocks.
+    parts: ClassVar[tuple[str, ...]]
+    block_classes: ClassVar[frozenset[str]]
 
     def __init__(self, denoiser: nn.Module) -> None:
+        if unknown := {type(block).__name__ for block in self._blocks(denoiser)} - self.block_classes:
+            raise ValueError(
+                f"hybrid-cond does not understand a {type(denoiser).__name__} with {', '.join(sorted(unknown))}: "
+                f"it splits those made of {', '.join(sorted(self.block_classes))}. Use xDiT's --parallel cfg."
+            )
         self.denoiser = denoiser
         self.units = tuple(self._units())
         self._partitions = _PARTITIONS.setdefault(denoiser, {})
+
+    @staticmethod
+    @abstractmethod
+    def _blocks(denoiser: Any) -> Iterable[nn.Module]: ...
 
     @abstractmethod
     def _units(self) -> Iterator[Unit]: ...
@@ -204,6 +217,11 @@ class MMDiT(Anatomy):
                             "joint_attention_kwargs", "return_dict"})  # fmt: skip
     attention_kwargs = "joint_attention_kwargs"
     parts = ("pos_embed", "time_text_embed", "context_embedder", "transformer_blocks", "norm_out", "proj_out")
+    block_classes = frozenset({"JointTransformerBlock"})
+
+    @staticmethod
+    def _blocks(denoiser: Any) -> Iterable[nn.Module]:
+        return denoiser.transformer_blocks
 
     def check_inputs(self, inputs: Inputs) -> None:
         super().check_inputs(inputs)
@@ -268,16 +286,12 @@ class UNet(Anatomy):
                             "cross_attention_kwargs", "added_cond_kwargs", "return_dict"})  # fmt: skip
     attention_kwargs = "cross_attention_kwargs"
     parts = ("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out", "get_time_embed", "get_aug_embed")
-    blocks = {"DownBlock2D", "CrossAttnDownBlock2D", "UNetMidBlock2DCrossAttn", "UpBlock2D", "CrossAttnUpBlock2D"}
+    block_classes = frozenset({"DownBlock2D", "CrossAttnDownBlock2D", "UNetMidBlock2DCrossAttn",
+                               "UpBlock2D", "CrossAttnUpBlock2D"})  # fmt: skip
 
-    def __init__(self, denoiser: Any) -> None:
-        blocks = [*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks]
-        if unknown := {type(block).__name__ for block in blocks} - self.blocks:
-            raise ValueError(
-                f"hybrid-cond does not understand a {type(denoiser).__name__} with {', '.join(sorted(unknown))}: "
-                f"it splits U-Nets made of {', '.join(sorted(self.blocks))}. Use xDiT's --parallel cfg."
-            )
-        super().__init__(denoiser)
+    @staticmethod
+    def _blocks(denoiser: Any) -> Iterable[nn.Module]:
+        return [*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks]
 
     def check_inputs(self, inputs: Inputs) -> None:
         super().check_inputs(inputs)

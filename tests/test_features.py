@@ -264,16 +264,16 @@ def test_lora_and_its_scale(pair, name, argument, kind):
 
 def repeated():
     """Latents and plans of calls that differ in size, steps and number of prompts, and then of the first again."""
-    pipe, calls = tiny.pipeline("sdxl"), [{}, dict(height=48), dict(num_inference_steps=7), dict(count=2), {}]
+    pipe, calls = tiny.pipeline("sd3"), [{}, dict(height=48), dict(num_inference_steps=7), dict(count=2), {}]
     apply_hybrid(pipe, HybridConfig(plan="2-7/2"))
     try:
-        found = [(tiny.call(pipe, "sdxl", **kwargs), last_report(pipe)["plan"]) for kwargs in calls]
+        found = [(tiny.call(pipe, "sd3", **kwargs), last_report(pipe)["plan"]) for kwargs in calls]
     finally:
         remove_hybrid(pipe)
     expected = []
     for kwargs, (_, plan) in zip(calls, found, strict=True):
-        with oracle.inside(pipe, plan=plan, cut=oracle.CUTS["sdxl"]):
-            expected.append(tiny.call(pipe, "sdxl", **kwargs))
+        with oracle.inside(pipe, plan=plan, cut=oracle.CUTS["sd3"]):
+            expected.append(tiny.call(pipe, "sd3", **kwargs))
     return found, expected
 
 

@@ -136,12 +136,12 @@ def _pipeline(name: str, device: str) -> DiffusionPipeline:
 
 
 def prompt(name: str, count: int = 1, seed: int = 1) -> dict[str, torch.Tensor]:
-    """Prompt and negative prompt embeddings for the pipeline ``name``."""
+    """Prompt and negative prompt embeddings for the pipeline ``name``, large enough to matter to random weights."""
     generator = torch.Generator().manual_seed(seed)
     shape = {"": (count, TOKENS, 24), "pooled_": (count, 20)}
     kinds = ("",) if name == "sd15" else ("", "pooled_")
     return {
-        f"{negative}{kind}prompt_embeds": torch.randn(shape[kind], generator=generator)
+        f"{negative}{kind}prompt_embeds": 4 * torch.randn(shape[kind], generator=generator)
         for negative in ("", "negative_")
         for kind in kinds
     }
