@@ -51,7 +51,7 @@ class HybridConfig:
         self._one_of("guidance", RULES)
         for name in ("interval", "slope_window", "tau_cap"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (type(value) is not int or value < 1):
                 self._refuse(name, "give a whole number of steps, 1 or more")
         if self.slope_threshold is not None and not 0 < self.slope_threshold < float("inf"):
             self._refuse("slope_threshold", "give a positive number, such as 4e-4")

@@ -43,7 +43,6 @@ class Executor:
 
     def prepare(self, inputs: Inputs) -> None:
         """Choose the partition for one branch's inputs and watch its cut, so that a FULL step leaves its boundary."""
-        self.drain()
         self._partition = self.anatomy.partition(inputs)
         if self.comm.rank == self._partition.output_rank:
             unit = self.anatomy.units[self._partition.cut]

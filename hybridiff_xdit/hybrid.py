@@ -40,14 +40,14 @@ _SESSION = "_hybrid_cond"
 class _Run:
     """State of one run: one call of the pipeline, one pass through the scheduler's timesteps."""
 
-    def __init__(self, num_steps: int, policy: Policy, rule: Mixed) -> None:
+    def __init__(self, num_steps: int, policy: Policy, rule: Mixed, is_guided: bool) -> None:
         self.num_steps = num_steps
         self.policy = policy
         self.rule = rule
         self.kinds: list[StepKind] = []
         self.discrepancy: list[tuple[int, float]] = []
         self.unread: list[tuple[int, torch.Tensor]] = []  # per FULL step [discrepancy, drifted], still on the device
-        self.is_guided = True
+        self.is_guided = is_guided
 
     @property
     def step(self) -> int:
@@ -186,21 +186,23 @@ class _Session:
         self.report = None
         num_steps = int(self.pipe.num_timesteps)
         self._agree(inputs, num_steps)
+        self.executor.drain()
         config = self.config
         assert config.policy is not None and config.guidance is not None
-        policy = make_policy(
-            config.policy, num_steps, self.anatomy.family, plan=config.plan, **config.paper_constants()
-        )
-        run = _Run(num_steps, policy, RULES[config.guidance]())
-        run.is_guided = bool(self.pipe.do_classifier_free_guidance)
-        if not run.is_guided:
+        is_guided = bool(self.pipe.do_classifier_free_guidance)
+        if not is_guided:
             self._warn("hybrid-cond: guidance is off (guidance_scale <= 1), so every rank evaluates the whole model.")
-        elif config.policy == "cfg":
-            self.executor.drain()
-        else:
+        policy = make_policy(
+            config.policy if is_guided else "cfg",
+            num_steps,
+            self.anatomy.family,
+            plan=config.plan,
+            **config.paper_constants(),
+        )
+        if is_guided and config.policy != "cfg":
             self.anatomy.check_inputs(inputs)
             self.executor.prepare(_branches(inputs)["cond"])
-        return run
+        return _Run(num_steps, policy, RULES[config.guidance](), is_guided)
 
     def _agree(self, inputs: Inputs, num_steps: int) -> None:
         """Compare what must be the same on every rank, by one small exchange whose size depends on nothing."""

@@ -195,16 +195,18 @@ class Anatomy(ABC):
         return self._partitions[key]
 
     def _measure(self, inputs: Inputs) -> tuple[list[int], tuple[Any, ...]]:
-        """FLOPs of each unit and the shapes of the boundary after it, by a run on fake tensors (no memory, no GPU)."""
+        """FLOPs of each unit and the shapes of the boundary after it, by a run on fake tensors (no memory, no GPU).
+
+        The modules' own forward hooks see those too.
+        """
         flops, shapes = [], []
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake, self.lora_scale(inputs) as inputs:
-            inputs = map_tensors(fake.from_tensor, inputs)
-            with FlopCounterMode(display=False):
-                activation = self.start(inputs)
+        fakes = FakeTensorMode(allow_non_fake_inputs=True)
+        with torch.no_grad(), fakes, FlopCounterMode(display=False) as counter, self.lora_scale(inputs) as inputs:
+            activation = self.start(map_tensors(fakes.from_tensor, inputs))
             for unit in self.units:
-                with FlopCounterMode(display=False) as counter:
-                    unit(activation)
-                flops.append(counter.get_total_flops())
+                before = counter.get_total_flops()
+                unit(activation)
+                flops.append(counter.get_total_flops() - before)
                 shapes.append(tuple((t.shape, t.dtype) for t in activation.boundary))
         return flops, tuple(shapes)
 
