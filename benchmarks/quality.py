@@ -12,11 +12,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import group
 import torch
 import torch.distributed as dist
 from diffusers import DiffusionPipeline
 
 from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
+
+STEPS = 50  # of the reference and of every plan
 
 CONFIGS = {
     "paper, mixed": HybridConfig(policy="paper"),
@@ -37,11 +40,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the rows as JSON lines too")
     args = parser.parse_args()
 
-    is_gpu = torch.cuda.is_available()
-    dist.init_process_group("nccl" if is_gpu else "gloo")
-    device = torch.device("cuda", dist.get_rank()) if is_gpu else torch.device("cpu")
-    if is_gpu:
-        torch.cuda.set_device(device)
+    device = group.join()
+    if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=torch.float32, local_files_only=True).to(device)
     pipe.set_progress_bar_config(disable=True)
@@ -57,14 +57,14 @@ def main() -> None:
             parts.append(torch.as_tensor(pipe(batch, guidance_scale=args.guidance_scale, **arguments).images))
         return torch.cat(parts)
 
-    reference, plain, rows = pictures(50), {}, []
+    reference, plain, rows = pictures(STEPS), {}, []
     for name, config in CONFIGS.items():
         apply_hybrid(pipe, config)
-        values = psnr(pictures(50), reference)
+        values = psnr(pictures(STEPS), reference)
         report = last_report(pipe)
         assert report is not None
         remove_hybrid(pipe)
-        steps = round(100 / report["speedup_bound"])
+        steps = round(2 * STEPS / report["speedup_bound"])
         if steps not in plain:
             plain[steps] = psnr(pictures(steps), reference)
         rows.append(

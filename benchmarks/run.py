@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import group
 import torch
 import torch.distributed as dist
 from scenarios import SCENARIOS
@@ -43,12 +43,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("times.jsonl"), help="one JSON line a scenario and strategy")
     args = parser.parse_args()
 
-    is_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if is_gpu else torch.device("cpu")
+    device = group.join()
+    is_gpu = device.type == "cuda"
     dtype = torch.float16 if is_gpu else torch.float32
-    if is_gpu:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if is_gpu else "gloo")
     host = dist.new_group(backend="gloo")
 
     lines = []

@@ -37,7 +37,7 @@ class Executor:
         self._partition: Partition | None = None
         self._prediction: torch.Tensor | None = None  # of the last FULL step: shape and dtype of the next
         self._boundary: Boundary | None = None
-        self._incoming: Transfer | None = None
+        self._incoming: tuple[Transfer, list[torch.Size]] | None = None  # one flat tensor, and the shapes in it
         self._outgoing: list[Transfer] = []
         self._capture: Any = None
 
@@ -88,7 +88,6 @@ class Executor:
         partition, rank = self._partition, self.comm.rank
         stage1 = partition.output_rank
         stale, activation = self._take_boundary(), None
-        pred = torch.empty_like(self._prediction)
         with self.anatomy.lora_scale(branches["cond" if rank == stage1 else stage0_branch]) as inputs:
             for index, segment in enumerate(partition.segments):
                 if not hand_over and segment.rank != stage1:
@@ -103,6 +102,8 @@ class Executor:
             if rank == stage1:
                 assert activation is not None
                 pred = self.anatomy.prediction(activation).contiguous()
+            else:
+                pred = torch.empty_like(self._prediction)
         self.is_primed = hand_over
         return self.comm.broadcast(pred, stage1)
 
@@ -127,23 +128,19 @@ class Executor:
             if len(self._outgoing) > 1:  # the peer has read the one before: this frees its memory
                 self._outgoing.pop(0).wait()
         else:
-            shapes = self._shapes(source)
-            count, dtype = sum(shape.numel() for shape, _ in shapes), shapes[0][1]
-            assert self._prediction is not None
+            assert self._partition is not None and self._prediction is not None
+            tensors = self._partition.shapes[source.stop - 1]
+            shapes, dtype = [shape for shape, _ in tensors], tensors[0][1]
+            count = sum(shape.numel() for shape in shapes)
             buffer = torch.empty(count, dtype=dtype, device=self._prediction.device)
-            self._incoming = self.comm.receive(buffer, source.rank)
-            self._incoming_shapes = [shape for shape, _ in shapes]
-
-    def _shapes(self, segment: Segment) -> tuple[tuple[torch.Size, torch.dtype], ...]:
-        assert self._partition is not None
-        return self._partition.shapes[segment.stop - 1]
+            self._incoming = self.comm.receive(buffer, source.rank), shapes
 
     def _take_boundary(self) -> Boundary | None:
         """The boundary that has arrived or was captured; it is used once."""
         if self._incoming is not None:
-            parts = self._incoming.wait().split([shape.numel() for shape in self._incoming_shapes])
-            self._incoming = None
-            return tuple(part.view(shape) for part, shape in zip(parts, self._incoming_shapes, strict=True))
+            (transfer, shapes), self._incoming = self._incoming, None
+            parts = transfer.wait().split([shape.numel() for shape in shapes])
+            return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
         boundary, self._boundary = self._boundary, None
         return boundary
 

@@ -28,7 +28,7 @@ from .config import HybridConfig
 from .discrepancy import rel_mae
 from .executor import Branch, Executor
 from .guidance import RULES, Mixed, Pair
-from .partition import Inputs, map_tensors, read, tensors_of
+from .partition import Anatomy, Inputs, map_tensors, read, tensors_of
 from .plan import FULL, PIPELINED, Plan, Policy, StepKind, make_policy
 from .report import write_report
 
@@ -57,11 +57,10 @@ class _Run:
 class _Session:
     """`hybrid-cond` on one pipeline: three of its methods replaced, and the current run."""
 
-    def __init__(self, pipe: Any, config: HybridConfig, comm: Comm, model: str) -> None:
-        self.pipe, self.config, self.comm, self.model = pipe, config, comm, model
-        self.denoiser = denoiser_of(pipe)
-        self.anatomy = read(self.denoiser)
-        self.executor = Executor(self.anatomy, comm)
+    def __init__(self, pipe: Any, anatomy: Anatomy, config: HybridConfig, comm: Comm, model: str) -> None:
+        self.pipe, self.anatomy, self.config, self.comm, self.model = pipe, anatomy, config, comm, model
+        self.denoiser: Any = anatomy.denoiser
+        self.executor = Executor(anatomy, comm)
         self.signature = inspect.signature(type(self.denoiser).forward)
         self.run: _Run | None = None
         self.report: dict[str, Any] | None = None
@@ -147,8 +146,8 @@ class _Session:
             pair = run.rule.pair(pred)
         else:
             kind = FULL
-            *pair_, drifted = self.executor.full(self.forward, branches, inputs)
-            pair = (pair_[0], pair_[1])
+            pred_u, pred_c, drifted = self.executor.full(self.forward, branches, inputs)
+            pair = pred_u, pred_c
             run.rule.observe(*pair)
             run.unread.append((step, torch.stack([rel_mae(*pair), drifted.float()])))
             # Reading makes the host wait for the GPU. Where nothing depends on the value yet, read the FULL step
@@ -232,8 +231,7 @@ class _Session:
             "prompts (--prompt, --negative_prompt)": checksum(tensors),
         }
         digests = [
-            fact.to(noise.device) if isinstance(fact, torch.Tensor) else _digest(fact).to(noise.device)
-            for fact in facts.values()
+            (fact if isinstance(fact, torch.Tensor) else _digest(fact)).to(noise.device) for fact in facts.values()
         ]
         gathered = torch.stack(self.comm.all_gather(torch.cat(digests))).tolist()
         if differing := [name for name, *values in zip(facts, *gathered, strict=True) if len(set(values)) > 1]:
@@ -366,14 +364,14 @@ def apply_hybrid(
             f"hybrid-cond runs on 2 ranks (one a branch), but the group has {size}. Start it with "
             "--nproc_per_node 2, or pass group= with two ranks."
         )
-    read(denoiser_of(pipe))
+    anatomy = read(denoiser_of(pipe))
     if config.report is not None:
         Path(config.report).mkdir(parents=True, exist_ok=True)
     if size == 1:
         logger.warning("hybrid-cond needs two ranks and there is one: the pipeline runs as it always does.")
         return pipe
     name = model or getattr(pipe, "name_or_path", None) or type(pipe).__name__
-    setattr(pipe, _SESSION, _Session(pipe, config, Comm(group), str(name)))
+    setattr(pipe, _SESSION, _Session(pipe, anatomy, config, Comm(group), str(name)))
     return pipe
 
 

@@ -29,6 +29,7 @@ def _draw(report: dict[str, Any], path: Path) -> None:
     from matplotlib.patches import Patch
 
     plan = Plan.parse(report["plan"])
+    rows = plan.rows()
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     curve, grid = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
@@ -38,13 +39,15 @@ def _draw(report: dict[str, Any], path: Path) -> None:
     curve.plot(values, "o-", color="#333333", markersize=3, linewidth=1)
     curve.set_ylim(0, 1.15 * max([value for value in values if math.isfinite(value)], default=1.0))
     for phase, colour in _PHASES.items():
-        steps = [row.step for row in plan.rows() if row.phase is phase]
+        steps = [row.step for row in rows if row.phase is phase]
         if steps:
             curve.axvspan(steps[0] - 0.5, steps[-1] + 0.5, color=colour, linewidth=0)
             curve.text(steps[0] - 0.3, 0.97, phase.name, transform=curve.get_xaxis_transform(), va="top", fontsize=7)
-    for i, row in enumerate(plan.rows()):
+    for row in rows:
         for rank, work in enumerate(row.work):
-            grid.barh(1 - rank, 1, left=i - 0.5, height=0.9, color=_COLOURS[work], edgecolor="white", linewidth=0.5)
+            grid.barh(
+                1 - rank, 1, left=row.step - 0.5, height=0.9, color=_COLOURS[work], edgecolor="white", linewidth=0.5
+            )
     curve.set_ylabel("discrepancy M")
     config = report["config"]
     curve.set_title(
@@ -56,7 +59,7 @@ def _draw(report: dict[str, Any], path: Path) -> None:
     grid.set_yticks([1, 0], ["rank 0", "rank 1"])
     grid.set_xlabel("step")
     grid.set_xlim(-0.5, len(plan) - 0.5)
-    used = [work for work in _COLOURS if any(work in row.work for row in plan.rows())]
+    used = [work for work in _COLOURS if any(work in row.work for row in rows)]
     handles = [Patch(color=_COLOURS[work], label="idle" if work == "-" else work) for work in used]
     curve.legend(handles=handles, loc="center right", fontsize=8)
     figure.savefig(path, dpi=120)

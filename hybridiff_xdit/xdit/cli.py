@@ -14,13 +14,12 @@ from .compat import count_gpus
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; return its exit status."""
+    """Check the flags and become torchrun, whose exit status is then this command's."""
     argv = sys.argv[1:] if argv is None else argv
-    gpus = count_gpus()
     parser = options.build_parser()
     args = parser.parse_args(argv)
     try:
-        options.prepare(args, gpus)
+        options.prepare(args, count_gpus())
         if args.nnodes > 1 and args.master_port is None:
             raise ValueError("--nnodes > 1 needs --master_addr and --master_port, the same on every node.")
     except ValueError as error:

@@ -1,4 +1,7 @@
-"""The flags ``--parallel`` and ``--hybrid_*``, and what they mean in xDiT's own flags. No xfuser here."""
+"""The flags ``--parallel`` and ``--hybrid_*``, and what they mean in xDiT's own flags.
+
+xfuser is imported only where its parser is built.
+"""
 
 from __future__ import annotations
 
