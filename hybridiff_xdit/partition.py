@@ -35,6 +35,7 @@ import torch
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 Boundary = tuple[torch.Tensor, ...]
@@ -197,11 +198,13 @@ class Anatomy(ABC):
     def _measure(self, inputs: Inputs) -> tuple[list[int], tuple[Any, ...]]:
         """FLOPs of each unit and the shapes of the boundary after it, by a run on fake tensors (no memory, no GPU).
 
-        The modules' own forward hooks see those too.
+        The modules' own forward hooks see those too. Attention is counted in its plain form, because the fused kernels
+        that PyTorch chooses by device are not all counted: the partition must not depend on the device.
         """
         flops, shapes = [], []
         fakes = FakeTensorMode(allow_non_fake_inputs=True)
-        with torch.no_grad(), fakes, FlopCounterMode(display=False) as counter, self.lora_scale(inputs) as inputs:
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), fakes, counter, sdpa_kernel(SDPBackend.MATH), self.lora_scale(inputs) as inputs:
             activation = self.start(map_tensors(fakes.from_tensor, inputs))
             for unit in self.units:
                 before = counter.get_total_flops()

@@ -21,7 +21,7 @@ from diffusers import SD3Transformer2DModel
 CUTS = {
     "sd3": 2,
     "sdxl": ("down_blocks.1.downsamplers.0", "up_blocks.0.attentions.2"),
-    "sd15": ("down_blocks.1.attentions.0", "up_blocks.1.resnets.1"),
+    "sd15": ("down_blocks.0.downsamplers.0", "up_blocks.1.attentions.2"),
 }
 
 

@@ -18,7 +18,7 @@ HANDED_OVER = 2  # PIPELINED steps that are followed by another
 SIZES = {
     "sd3": (16 * 16 * 16, 64 * 32 + tiny.TOKENS * 32, 0),  # image tokens and text tokens
     "sdxl": (4 * 16 * 16, 32 * 4 * 4, 16 * 8 * 8),  # inner result; outer-down features
-    "sd15": (4 * 16 * 16, 16 * 8 * 8, 16 * 8 * 8),
+    "sd15": (4 * 16 * 16, 16 * 8 * 8, 8 * 16 * 16),
 }
 AGREEMENT = 12 * 8  # twelve facts that are compared before the first step
 HEADER = 16  # of a FULL step's exchange: the checksum
