@@ -5,9 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from .guidance import RULES
-from .plan import POLICIES, Plan
+from .plan import Plan
+from .policies import POLICIES
 
 _PAPER_ONLY = ("interval", "slope_window", "slope_threshold", "tau_cap")
+
+#: Tolerance of the adaptive policy where none is given: the study in benchmarks/results/ says what it means.
+TOLERANCE = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,10 +19,15 @@ class HybridConfig:
     """How to run ``hybrid-cond``. Each field is also the flag ``--hybrid_<field>``.
 
     Attributes:
-        policy: ``cfg`` (every step FULL), ``paper`` (one PIPELINED window, as published) or ``fixed`` (`plan`).
-            Default: ``fixed`` if a plan is given, else ``paper``.
-        guidance: what stands for the guidance on PIPELINED steps: ``mixed`` (the published code), ``none`` or
-            ``reuse``. Default: ``mixed`` with ``paper``, else ``reuse``.
+        policy: ``adaptive`` (FULL steps as far apart as `tolerance` allows), ``cfg`` (every step FULL), ``paper`` (one
+            PIPELINED window, as published) or ``fixed`` (`plan`). Default: ``fixed`` if a plan is given, else
+            ``adaptive``.
+        tolerance: for ``adaptive``: the guidance error allowed over the run, in the discrepancy's norm
+            (`adaptive`). Default 0.02.
+        speedup: for ``adaptive``, in place of the tolerance: the bound of the speed-up to reach, 2 or more.
+        guidance: what stands for the guidance on PIPELINED steps: ``mixed`` (the published code), ``none``, ``reuse``
+            (the last delta) or ``deferred`` (an estimate whose error is paid back on the next FULL step). Default:
+            ``mixed`` with ``paper``, else ``deferred``.
         interval: k, length of the published window, steps. Default: the preset, scaled to the run's length;
             so too for the next three.
         slope_window: L, steps.
@@ -35,6 +44,8 @@ class HybridConfig:
 
     policy: str | None = None
     guidance: str | None = None
+    tolerance: float | None = None
+    speedup: float | None = None
     interval: int | None = None
     slope_window: int | None = None
     slope_threshold: float | None = None
@@ -44,11 +55,12 @@ class HybridConfig:
     report: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        policy = self.policy or ("paper" if self.plan is None else "fixed")
+        policy = self.policy or ("adaptive" if self.plan is None else "fixed")
         object.__setattr__(self, "policy", policy)
         self._one_of("policy", POLICIES)
-        object.__setattr__(self, "guidance", self.guidance or ("mixed" if policy == "paper" else "reuse"))
+        object.__setattr__(self, "guidance", self.guidance or ("mixed" if policy == "paper" else "deferred"))
         self._one_of("guidance", RULES)
+        self._check_adaptive()
         for name in ("interval", "slope_window", "tau_cap"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
@@ -68,6 +80,23 @@ class HybridConfig:
             Plan.parse(self.plan, int(end) if end.isdigit() else None)
         if self.stages not in (None, 2):
             self._refuse("stages", "only 2 is offered so far: drop the flag")
+
+    def _check_adaptive(self) -> None:
+        for name in ("tolerance", "speedup"):
+            if self.policy != "adaptive" and getattr(self, name) is not None:
+                self._refuse(name, f"it has no effect with --hybrid_policy {self.policy}: drop it, or use adaptive")
+        if self.policy != "adaptive":
+            return
+        if not RULES[str(self.guidance)].trials:
+            self._refuse("guidance", "it estimates no guidance whose error adaptive could bound: use deferred or reuse")
+        if self.tolerance is not None and self.speedup is not None:
+            self._refuse("speedup", "give it or --hybrid_tolerance, not both")
+        if self.tolerance is not None and not 0 < self.tolerance < float("inf"):
+            self._refuse("tolerance", f"give a positive number, such as {TOLERANCE}")
+        if self.speedup is not None and not 2 <= self.speedup < 4:
+            self._refuse("speedup", "give a number from 2 (every step FULL) to less than 4, such as 2.5")
+        if self.tolerance is None and self.speedup is None:
+            object.__setattr__(self, "tolerance", TOLERANCE)
 
     def paper_constants(self) -> dict[str, Any]:
         """The published rule's constants that the user set; None keeps the preset."""

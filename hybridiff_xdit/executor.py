@@ -21,36 +21,49 @@ class Exchange(NamedTuple):
     drifted: torch.Tensor
 
 
+class _Known(NamedTuple):
+    """A boundary of stage 1 and the time of the step it belongs to."""
+
+    time: float
+    boundary: Boundary
+
+
 class Executor:
-    """Evaluates steps on a group of two ranks.
+    """Evaluates steps on a group of two ranks, or on one process that plays both in turn.
 
     Args:
         anatomy: the denoiser read as units.
-        comm: the group; rank 0 is uncond, rank 1 is cond.
+        comm: the group; rank 0 is uncond, rank 1 is cond. A group of one plays both.
     """
 
     def __init__(self, anatomy: Anatomy, comm: Comm) -> None:
         self.anatomy = anatomy
         self.comm = comm
+        self.ranks = (comm.rank,) if comm.size == 2 else (0, 1)
         #: Whether a PIPELINED step may follow. The same on every rank, which the boundary itself is not.
         self.is_primed = False
         self._partition: Partition | None = None
         self._prediction: torch.Tensor | None = None  # of the last FULL step: shape and dtype of the next
-        self._boundary: Boundary | None = None
+        self._captured: Boundary | None = None  # by the hook, in the last forward
+        self._known: list[_Known] = []  # the last two boundaries of stage 1, on its rank
+        self._arrived: Boundary | None = None  # where both ends are in this process
         self._incoming: tuple[Transfer, list[torch.Size]] | None = None  # one flat tensor, and the shapes in it
+        self._incoming_time = 0.0
         self._outgoing: list[Transfer] = []
         self._capture: Any = None
 
     def prepare(self, inputs: Inputs) -> None:
         """Choose the partition for one branch's inputs and watch its cut, so that a FULL step leaves its boundary."""
         self._partition = self.anatomy.partition(inputs)
-        if self.comm.rank == self._partition.output_rank:
+        if self._partition.output_rank in self.ranks:
             unit = self.anatomy.units[self._partition.cut]
             self._capture = unit.module.register_forward_hook(
-                lambda module, args, output: setattr(self, "_boundary", unit.boundary(output))
+                lambda module, args, output: setattr(self, "_captured", unit.boundary(output))
             )
 
-    def full(self, forward: Callable[..., Any], branches: dict[Branch, Inputs], inputs: Inputs) -> Exchange:
+    def full(
+        self, forward: Callable[..., Any], branches: dict[Branch, Inputs], inputs: Inputs, time: float
+    ) -> Exchange:
         """Both branches, one per rank, then one exchange of [checksum of the inputs | prediction].
 
         Args:
@@ -58,52 +71,68 @@ class Executor:
             branches: the forward's arguments of each branch, batch B.
             inputs: the arguments of both together, batch 2B, which every rank holds: ranks that drifted apart are
                 found by their checksum.
+            time: of the step, for what is extrapolated from it.
         """
         self._finish_transfers()
-        mine: Branch = "uncond" if self.comm.rank == 0 else "cond"
-        pred = forward(**branches[mine])[0].contiguous()
-        header = torch.zeros(2, dtype=torch.int64, device=pred.device)  # 16 bytes: the prediction stays aligned
-        header[:1] = checksum(inputs)
-        payload = torch.cat([header.view(torch.uint8), pred.view(-1).view(torch.uint8)])
-        gathered = self.comm.all_gather(payload)
-        sums = [part[:8].view(torch.int64) for part in gathered]
-        pred_u, pred_c = (part[16:].view(pred.dtype).view(pred.shape) for part in gathered)
+        if len(self.ranks) > 1:
+            pred_u, pred_c = (forward(**branches[branch])[0].contiguous() for branch in ("uncond", "cond"))
+            pred, drifted = pred_c, torch.zeros((), dtype=torch.bool, device=pred_c.device)
+        else:
+            mine: Branch = "uncond" if self.comm.rank == 0 else "cond"
+            pred = forward(**branches[mine])[0].contiguous()
+            header = torch.zeros(2, dtype=torch.int64, device=pred.device)  # 16 bytes: the prediction stays aligned
+            header[:1] = checksum(inputs)
+            payload = torch.cat([header.view(torch.uint8), pred.view(-1).view(torch.uint8)])
+            gathered = self.comm.all_gather(payload)
+            sums = [part[:8].view(torch.int64) for part in gathered]
+            pred_u, pred_c = (part[16:].view(pred.dtype).view(pred.shape) for part in gathered)
+            drifted = (sums[0] != sums[1]).view(())
+        self._learn(time, self._captured)
         self._prediction = pred
         self.is_primed = True
-        return Exchange(pred_u, pred_c, (sums[0] != sums[1]).view(()))
+        return Exchange(pred_u, pred_c, drifted)
 
-    def pipelined(self, branches: dict[Branch, Inputs], stage0_branch: Branch, *, hand_over: bool) -> torch.Tensor:
+    def pipelined(
+        self, branches: dict[Branch, Inputs], stage0_branch: Branch, time: float, *, hand_over: bool, extrapolate: bool
+    ) -> torch.Tensor:
         """One evaluation of the network in total, split over the ranks.
 
         Args:
             branches: the denoiser's arguments of each branch, batch B.
             stage0_branch: the branch whose embeddings stage 0 has; stage 1 has cond's.
+            time: of the step.
             hand_over: whether the next step is PIPELINED too. If not, nobody will read this step's stage 0, and it is
                 not evaluated.
+            extrapolate: stage 1 reads the straight line through its last two boundaries at ``time``, not the last one.
 
         Returns:
             The prediction on every rank, [B, C, H, W].
         """
         assert self.is_primed and self._partition is not None and self._prediction is not None
-        partition, rank = self._partition, self.comm.rank
+        partition = self._partition
         stage1 = partition.output_rank
-        stale, activation = self._take_boundary(), None
-        with self.anatomy.lora_scale(branches["cond" if rank == stage1 else stage0_branch]) as inputs:
-            for index, segment in enumerate(partition.segments):
-                if not hand_over and segment.rank != stage1:
-                    continue
-                if segment.rank == rank:
-                    activation = activation or self.anatomy.start(inputs)
+        self._learn(self._incoming_time, self._take_boundary())
+        activations: dict[int, Activation] = {}
+        for index, segment in enumerate(partition.segments):
+            if not hand_over and segment.rank != stage1:
+                continue
+            rank = segment.rank
+            if rank in self.ranks:
+                with self.anatomy.lora_scale(branches["cond" if rank == stage1 else stage0_branch]) as inputs:
+                    activation = activations.get(rank) or self.anatomy.start(inputs)
+                    activations[rank] = activation
                     if index > 0:
-                        activation.boundary = stale if segment.age else self._take_boundary()  # type: ignore[assignment]
+                        boundary = self._read(time, extrapolate) if segment.age else self._take_boundary()
+                        assert boundary is not None
+                        activation.boundary = boundary
                     self._run(segment, activation)
-                if hand_over and index + 1 < len(partition.segments):
-                    self._cross(segment, partition.segments[index + 1], activation)
-            if rank == stage1:
-                assert activation is not None
-                pred = self.anatomy.prediction(activation).contiguous()
-            else:
-                pred = torch.empty_like(self._prediction)
+            if hand_over and index + 1 < len(partition.segments):
+                self._cross(segment, partition.segments[index + 1], activations.get(rank))
+        if stage1 in self.ranks:
+            pred = self.anatomy.prediction(activations[stage1]).contiguous()
+        else:
+            pred = torch.empty_like(self._prediction)
+        self._incoming_time = time
         self.is_primed = hand_over
         return self.comm.broadcast(pred, stage1)
 
@@ -112,8 +141,23 @@ class Executor:
         self._finish_transfers()
         if self._capture is not None:
             self._capture.remove()
-        self._capture = self._partition = self._prediction = self._boundary = None
+        self._capture = self._partition = self._prediction = self._captured = None
+        self._known.clear()
         self.is_primed = False
+
+    def _learn(self, time: float, boundary: Boundary | None) -> None:
+        """Keep a boundary of stage 1; solvers that evaluate twice at one time replace the first of the two."""
+        if boundary is not None:
+            self._known = [*(known for known in self._known if known.time != time), _Known(time, boundary)][-2:]
+
+    def _read(self, time: float, extrapolate: bool) -> Boundary:
+        """What stage 1 reads at ``time``."""
+        last = self._known[-1]
+        if not extrapolate or len(self._known) < 2:
+            return last.boundary
+        before = self._known[0]
+        reach = (time - last.time) / (last.time - before.time)
+        return tuple(torch.lerp(b, a, 1 + reach) for b, a in zip(before.boundary, last.boundary, strict=True))
 
     def _run(self, segment: Segment, activation: Activation) -> None:
         for unit in self.anatomy.units[segment.start : segment.stop]:
@@ -121,7 +165,10 @@ class Executor:
 
     def _cross(self, source: Segment, target: Segment, activation: Activation | None) -> None:
         """Start the transfer of the boundary between two segments: one flat tensor."""
-        if self.comm.rank == source.rank:
+        if source.rank in self.ranks and target.rank in self.ranks:
+            assert activation is not None
+            self._arrived = activation.boundary
+        elif source.rank in self.ranks:
             assert activation is not None
             flat = torch.cat([tensor.reshape(-1) for tensor in activation.boundary])
             self._outgoing.append(self.comm.send(flat, target.rank))
@@ -136,12 +183,12 @@ class Executor:
             self._incoming = self.comm.receive(buffer, source.rank), shapes
 
     def _take_boundary(self) -> Boundary | None:
-        """The boundary that has arrived or was captured; it is used once."""
+        """The boundary that has arrived, if any; it is handed out once."""
         if self._incoming is not None:
             (transfer, shapes), self._incoming = self._incoming, None
             parts = transfer.wait().split([shape.numel() for shape in shapes])
             return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
-        boundary, self._boundary = self._boundary, None
+        boundary, self._arrived = self._arrived, None
         return boundary
 
     def _finish_transfers(self) -> None:

@@ -18,36 +18,53 @@ from dataclasses import asdict
 from functools import lru_cache, wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from .comm import Comm, checksum
+from .comm import Comm, Solo, checksum
 from .config import HybridConfig
 from .discrepancy import rel_mae
 from .executor import Branch, Executor
 from .guidance import RULES, Mixed, Pair
 from .partition import Anatomy, Inputs, map_tensors, read, tensors_of
-from .plan import FULL, PIPELINED, Plan, Policy, StepKind, make_policy
+from .plan import FULL, PIPELINED, Plan, Policy, StepKind
+from .policies import make_policy
 from .report import write_report
+from .sampler import Sampler, read_sampler
 
 logger = logging.getLogger(__name__)
 
 _SESSION = "_hybrid_cond"
 
 
+class _Unread(NamedTuple):
+    """Measurements of a FULL step that are still on the device."""
+
+    step: int
+    values: torch.Tensor  # [discrepancy, drifted, errors of the rule's trials ...]
+    distances: list[float]  # of the trials
+    guidance: float
+
+
 class _Run:
     """State of one run: one call of the pipeline, one pass through the scheduler's timesteps."""
 
-    def __init__(self, num_steps: int, policy: Policy, rule: Mixed, is_guided: bool) -> None:
+    def __init__(self, num_steps: int, policy: Policy, rule: Mixed, sampler: Sampler | None, is_guided: bool) -> None:
         self.num_steps = num_steps
         self.policy = policy
         self.rule = rule
+        self.sampler = sampler
         self.kinds: list[StepKind] = []
         self.discrepancy: list[tuple[int, float]] = []
-        self.unread: list[tuple[int, torch.Tensor]] = []  # per FULL step [discrepancy, drifted], still on the device
+        self.drift: list[tuple[int, list[tuple[float, float]]]] = []
+        self.unread: list[_Unread] = []
         self.is_guided = is_guided
+
+    def time(self, step: int) -> float:
+        """Time of a step, in which boundaries are extrapolated."""
+        return float(step) if self.sampler is None else self.sampler.times[step]
 
     @property
     def step(self) -> int:
@@ -55,7 +72,7 @@ class _Run:
 
 
 class _Session:
-    """`hybrid-cond` on one pipeline: three of its methods replaced, and the current run."""
+    """`hybrid-cond` on one pipeline: four of its methods replaced, and the current run."""
 
     def __init__(self, pipe: Any, anatomy: Anatomy, config: HybridConfig, comm: Comm, model: str) -> None:
         self.pipe, self.anatomy, self.config, self.comm, self.model = pipe, anatomy, config, comm, model
@@ -99,6 +116,19 @@ class _Session:
             return original(*args, **kwargs)
 
         self._replace(self.scheduler, "set_timesteps", set_timesteps)
+        original_step = self.scheduler.step
+
+        @wraps(original_step)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            extra = {name: value for name, value in kwargs.items() if name not in ("generator", "return_dict")}
+            run = self.run
+            if extra and run is not None and run.sampler is not None and run.step == 1:
+                # What the loop adds (eta) is known with its first call only, before the scheduler has stepped.
+                run.sampler = read_sampler(self.scheduler, run.time(0), run.num_steps, **extra)
+                run.rule.sampler = run.policy.sampler = run.sampler
+            return original_step(*args, **kwargs)
+
+        self._replace(self.scheduler, "step", step)
 
     def _progress_bar(self, *args: Any, **kwargs: Any) -> Any:
         self._bar = self.progress_bar(*args, **kwargs)
@@ -138,22 +168,30 @@ class _Session:
     def _evaluate(self, run: _Run, inputs: Inputs) -> Pair:
         """Answer one call of the denoiser, both branches at once."""
         branches = _branches({**inputs, "return_dict": False})
+        if run.unread and run.policy.reads_discrepancy(run.unread[-1].step):
+            self._read(run, keep=0)
         step, kind = run.step, run.policy.kind(run.step)
+        guidance = float(getattr(self.pipe, "guidance_scale", 2.0)) - 1
         # Guidance that was off for a step leaves nothing to go on from: every rank sees that and evaluates FULL.
         if kind is PIPELINED and self.executor.is_primed:
-            hand_over = step + 1 < run.num_steps and run.policy.kind(step + 1) is PIPELINED
-            pred = self.executor.pipelined(branches, run.rule.stage0_branch, hand_over=hand_over)
-            pair = run.rule.pair(pred)
+            pred = self.executor.pipelined(
+                branches,
+                run.rule.stage0_branch,
+                run.time(step),
+                hand_over=step + 1 < run.num_steps and run.policy.kind(step + 1) is PIPELINED,
+                extrapolate=run.rule.extrapolates_boundary,
+            )
+            pair = run.rule.pipelined(step, pred, guidance)
         else:
             kind = FULL
-            pred_u, pred_c, drifted = self.executor.full(self.forward, branches, inputs)
-            pair = pred_u, pred_c
-            run.rule.observe(*pair)
-            run.unread.append((step, torch.stack([rel_mae(*pair), drifted.float()])))
-            # Reading makes the host wait for the GPU. Where nothing depends on the value yet, read the FULL step
-            # before this one, whose result is there or on its way while this step's kernels are already queued.
-            is_needed = run.policy.reads_discrepancy(step) or drifted.device.type == "cpu"
-            self._read(run, keep=0 if is_needed else 1)
+            pred_u, pred_c, drifted = self.executor.full(self.forward, branches, inputs, run.time(step))
+            trials = run.rule.drift(step, pred_u, pred_c) if run.policy.reads_drift else []
+            measured = [rel_mae(pred_u, pred_c), drifted.float(), *(error for _, error in trials)]
+            run.unread.append(_Unread(step, torch.stack(measured), [distance for distance, _ in trials], guidance))
+            pair = run.rule.full(step, pred_u, pred_c, guidance)
+            # Reading makes the host wait for the GPU. What the policy needs is read when the next step begins, with the
+            # scheduler's kernels queued behind this step's; the rest a FULL step late.
+            self._read(run, keep=0 if drifted.device.type == "cpu" else 1)
         run.kinds.append(kind)
         self._show(run)
         return pair
@@ -165,17 +203,19 @@ class _Session:
         devices are of one type), so all raise or none, and all take the same decision.
         """
         while len(run.unread) > keep:
-            step, values = run.unread.pop(0)
-            discrepancy, drifted = values.tolist()
+            step, values, distances, guidance = run.unread.pop(0)
+            discrepancy, drifted, *errors = values.tolist()
             if drifted:
                 raise RuntimeError(
                     f"hybrid-cond: at step {step} the ranks' latents or prompts are no longer the same. They drifted "
                     "apart since the last FULL step: give every rank the same generator seed, scheduler, dtype and "
                     "callbacks."
                 )
+            drift = list(zip(distances, errors, strict=True))
             run.discrepancy.append((step, discrepancy))
+            run.drift.append((step, drift))
             if run.policy.reads_discrepancy(step):
-                run.policy.observe(step, discrepancy)
+                run.policy.observe(step, discrepancy, drift, guidance)
 
     # A run.
 
@@ -187,21 +227,20 @@ class _Session:
         self._agree(inputs, num_steps)
         self.executor.drain()
         config = self.config
-        assert config.policy is not None and config.guidance is not None
         is_guided = bool(self.pipe.do_classifier_free_guidance)
         if not is_guided:
             self._warn("hybrid-cond: guidance is off (guidance_scale <= 1), so every rank evaluates the whole model.")
-        policy = make_policy(
-            config.policy if is_guided else "cfg",
-            num_steps,
-            self.anatomy.family,
-            plan=config.plan,
-            **config.paper_constants(),
-        )
-        if is_guided and config.policy != "cfg":
+            config = HybridConfig(policy="cfg")
+        rule = Mixed if config.policy == "cfg" else RULES[str(config.guidance)]
+        sampler = None
+        if config.policy == "adaptive" or rule.needs_sampler:
+            start = float(torch.as_tensor(inputs["timestep"]).flatten()[0])
+            sampler = read_sampler(self.pipe.scheduler, start, num_steps)
+        policy = make_policy(config, num_steps, self.anatomy.family, sampler)
+        if config.policy != "cfg":
             self.anatomy.check_inputs(inputs)
             self.executor.prepare(_branches(inputs)["cond"])
-        return _Run(num_steps, policy, RULES[config.guidance](), is_guided)
+        return _Run(num_steps, policy, rule(sampler), sampler, is_guided)
 
     def _agree(self, inputs: Inputs, num_steps: int) -> None:
         """Compare what must be the same on every rank, by one small exchange whose size depends on nothing."""
@@ -252,6 +291,7 @@ class _Session:
             "num_steps": run.num_steps,
             "plan": str(plan),
             "discrepancy": [[step, value if value < float("inf") else None] for step, value in run.discrepancy],
+            "drift": [[step, [list(trial) for trial in trials]] for step, trials in run.drift if trials],
             "tau_1": run.policy.tau_1,
             "tau_2": run.policy.tau_2,
             "speedup_bound": plan.speedup_bound(),
@@ -328,7 +368,12 @@ def _versions() -> dict[str, str]:
 
 
 def apply_hybrid(
-    pipe: Any, config: HybridConfig | None = None, *, group: dist.ProcessGroup | None = None, model: str | None = None
+    pipe: Any,
+    config: HybridConfig | None = None,
+    *,
+    group: dist.ProcessGroup | None = None,
+    model: str | None = None,
+    simulate: bool = False,
 ) -> Any:
     """Make a pipeline run `hybrid-cond` on two ranks.
 
@@ -339,9 +384,10 @@ def apply_hybrid(
     Args:
         pipe: a diffusers pipeline with classifier-free guidance: Stable Diffusion 3 and XL, 1.5 and 2.1, and their
             image-to-image and inpainting relatives.
-        config: the strategy; default `HybridConfig()`, the published method.
+        config: the strategy; default `HybridConfig()`, the adaptive policy at its default tolerance.
         group: two ranks, rank 0 of it uncond and rank 1 cond; default the default group.
         model: name for the report; default the checkpoint the pipeline was loaded from.
+        simulate: this process plays both ranks in turn, on its own: the pictures of two ranks, without their speed.
 
     Returns:
         The pipeline.
@@ -352,13 +398,13 @@ def apply_hybrid(
     """
     config = config or HybridConfig()
     remove_hybrid(pipe)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = 1 if simulate else int(os.environ.get("WORLD_SIZE", "1"))
     if not dist.is_initialized() and world_size > 1:
         raise ValueError(
             f"hybrid-cond: there are {world_size} processes, but no process group. Call "
             "torch.distributed.init_process_group() before apply_hybrid()."
         )
-    size = dist.get_world_size(group) if dist.is_initialized() else 1
+    size = dist.get_world_size(group) if dist.is_initialized() and not simulate else 1
     if size > 2:
         raise ValueError(
             f"hybrid-cond runs on 2 ranks (one a branch), but the group has {size}. Start it with "
@@ -367,11 +413,11 @@ def apply_hybrid(
     anatomy = read(denoiser_of(pipe))
     if config.report is not None:
         Path(config.report).mkdir(parents=True, exist_ok=True)
-    if size == 1:
+    if size == 1 and not simulate:
         logger.warning("hybrid-cond needs two ranks and there is one: the pipeline runs as it always does.")
         return pipe
     name = model or getattr(pipe, "name_or_path", None) or type(pipe).__name__
-    setattr(pipe, _SESSION, _Session(pipe, anatomy, config, Comm(group), str(name)))
+    setattr(pipe, _SESSION, _Session(pipe, anatomy, config, Solo() if simulate else Comm(group), str(name)))
     return pipe
 
 
@@ -388,7 +434,8 @@ def last_report(pipe: Any) -> dict[str, Any] | None:
     """Report of the pipeline's last finished run under `hybrid-cond`; None where there is none.
 
     Keys: ``model``, ``config``, ``num_steps``, ``plan`` (letters F and P), ``discrepancy`` (list of [step, value], None
-    where it is not finite), ``tau_1``, ``tau_2`` (None where the policy has none), ``speedup_bound``, ``bytes_sent``
+    where it is not finite), ``drift`` (list of [step, [[distance, error], ...]], see `guidance.Mixed.drift`; empty but for
+    the adaptive policy), ``tau_1``, ``tau_2`` (None where the policy has none), ``speedup_bound``, ``bytes_sent``
     (one count a rank), ``seconds_per_step`` (None where not measured), ``world_size``, ``versions``.
     """
     session = getattr(pipe, _SESSION, None)  # xDiT's wrapper of a pipeline hands the question on

@@ -11,6 +11,7 @@ from enum import Enum
 from typing import NamedTuple, Protocol
 
 from .discrepancy import SlopeDetector
+from .sampler import Sampler
 
 
 class StepKind(str, Enum):
@@ -171,7 +172,12 @@ class Policy(Protocol):
     Attributes:
         tau_1: first step of the PIPELINED window; None for "not yet" or "this policy has none".
         tau_2: first step after it.
+        reads_drift: whether `observe` reads the drift.
+        sampler: of the run, for a policy that reads it.
     """
+
+    reads_drift: bool
+    sampler: Sampler | None
 
     @property
     def tau_1(self) -> int | None: ...
@@ -182,8 +188,14 @@ class Policy(Protocol):
     def reads_discrepancy(self, step: int) -> bool:
         """Whether the discrepancy of FULL step ``step`` decides anything (reading it makes a GPU's host wait)."""
 
-    def observe(self, step: int, discrepancy: float) -> None:
-        """Take the discrepancy of FULL step ``step``."""
+    def observe(self, step: int, discrepancy: float, drift: list[tuple[float, float]], guidance: float) -> None:
+        """Take what FULL step ``step`` measured.
+
+        Args:
+            discrepancy: M.
+            drift: what the guidance rule's estimate would have missed there, see `guidance.Mixed.drift`.
+            guidance: ``w - 1``.
+        """
 
     def kind(self, step: int) -> StepKind:
         """Kind of step ``step``. On a PIPELINED step that of the next one can be asked too."""
@@ -192,6 +204,8 @@ class Policy(Protocol):
 class FixedPolicy:
     """The plan that the user gave, whatever is measured."""
 
+    reads_drift = False
+    sampler: Sampler | None = None
     tau_1: int | None = None
     tau_2: int | None = None
 
@@ -201,7 +215,7 @@ class FixedPolicy:
     def reads_discrepancy(self, step: int) -> bool:
         return False
 
-    def observe(self, step: int, discrepancy: float) -> None:
+    def observe(self, step: int, discrepancy: float, drift: list[tuple[float, float]], guidance: float) -> None:
         pass
 
     def kind(self, step: int) -> StepKind:
@@ -217,6 +231,9 @@ class PaperPolicy:
     Raises:
         ValueError: the window does not fit the run (``tau_cap + k > num_steps``).
     """
+
+    reads_drift = False
+    sampler: Sampler | None = None
 
     def __init__(self, num_steps: int, constants: PaperConstants) -> None:
         if constants.tau_cap + constants.interval > num_steps:
@@ -237,7 +254,7 @@ class PaperPolicy:
         # The last step before the cap decides nothing: the window starts after it in any case.
         return self.tau_1 is None and step + 1 < self.constants.tau_cap
 
-    def observe(self, step: int, discrepancy: float) -> None:
+    def observe(self, step: int, discrepancy: float, drift: list[tuple[float, float]], guidance: float) -> None:
         if self._detector.update(step, discrepancy):
             self.tau_1 = step + 1
 
@@ -246,40 +263,3 @@ class PaperPolicy:
             self.tau_1 = self.constants.tau_cap
         in_window = self.tau_1 is not None and self.tau_1 <= step < self.tau_1 + self.constants.interval
         return PIPELINED if in_window else FULL
-
-
-#: Policies by name, with what each does.
-POLICIES = {
-    "cfg": "every step FULL",
-    "paper": "one PIPELINED window of k steps, as published",
-    "fixed": "the plan given with --hybrid_plan",
-}
-
-
-def make_policy(
-    name: str,
-    num_steps: int,
-    family: str,
-    *,
-    plan: str | None = None,
-    **constants: int | float | None,
-) -> Policy:
-    """Build the policy of one run.
-
-    Args:
-        name: one of `POLICIES`.
-        num_steps: denoiser evaluations in the run.
-        family: the denoiser's family, ``unet`` or ``mmdit``: selects the published constants.
-        plan: for ``fixed``: letters or pattern, see `Plan.parse`.
-        constants: for ``paper``: fields of `PaperConstants` that replace the scaled preset; None keeps the preset.
-
-    Raises:
-        ValueError: the policy does not fit the run.
-    """
-    if name == "cfg":
-        return FixedPolicy([FULL] * num_steps)
-    if name == "fixed":
-        return FixedPolicy(Plan.parse(plan or "", num_steps))
-    preset = vars(PAPER_PRESETS[family].scaled(num_steps))
-    given = {key: value for key, value in constants.items() if value is not None}
-    return PaperPolicy(num_steps, PaperConstants(**{**preset, **given}))

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..checkpoints import resolve
-from ..config import HybridConfig
+from ..config import TOLERANCE, HybridConfig
 from ..guidance import RULES
-from ..plan import POLICIES
+from ..policies import POLICIES
 
 STRATEGIES = ("cfg", "sequence", "pipefusion", "hybrid-cond")
 
@@ -40,16 +40,26 @@ _EXCLUDED_FLAGS = (
 _HYBRID_OPTIONS: dict[str, dict[str, Any]] = {
     "policy": {
         "choices": list(POLICIES),
-        "help": "which steps are PIPELINED (default: paper, or fixed with --hybrid_plan)",
+        "help": "which steps are PIPELINED (default: adaptive, or fixed with --hybrid_plan)",
     },
     "guidance": {
         "choices": list(RULES),
-        "help": "what stands for the guidance on a PIPELINED step (default: mixed with paper, else reuse)",
+        "help": "what stands for the guidance on a PIPELINED step (default: mixed with paper, else deferred)",
+    },
+    "tolerance": {
+        "type": float,
+        "metavar": "TAU",
+        "help": f"for 'adaptive': guidance error allowed, in units of the discrepancy (default: {TOLERANCE})",
+    },
+    "speedup": {
+        "type": float,
+        "metavar": "S",
+        "help": "for 'adaptive', in place of the tolerance: bound of the speed-up over one GPU to reach, such as 2.5",
     },
     "interval": {
         "type": int,
         "metavar": "K",
-        "help": "PIPELINED steps in the published window (default here and below: the published, scaled)",
+        "help": "for 'paper': PIPELINED steps in the published window (default here and below: the published, scaled)",
     },
     "slope_window": {"type": int, "metavar": "L", "help": "steps over which the discrepancy's fall is measured"},
     "slope_threshold": {"type": float, "metavar": "G", "help": "fall per step at which the window starts"},

@@ -1,0 +1,44 @@
+"""The policies by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .adaptive import AdaptivePolicy
+from .plan import FULL, PAPER_PRESETS, FixedPolicy, PaperConstants, PaperPolicy, Plan, Policy
+from .sampler import Sampler
+
+if TYPE_CHECKING:
+    from .config import HybridConfig
+
+#: Policies by name, with what each does.
+POLICIES = {
+    "adaptive": "FULL steps as far apart as --hybrid_tolerance on the predicted guidance error allows",
+    "cfg": "every step FULL",
+    "paper": "one PIPELINED window of k steps, as published",
+    "fixed": "the plan given with --hybrid_plan",
+}
+
+
+def make_policy(config: HybridConfig, num_steps: int, family: str, sampler: Sampler | None = None) -> Policy:
+    """Build the policy of one run.
+
+    Args:
+        config: its policy, and the fields that belong to that.
+        num_steps: denoiser evaluations in the run.
+        family: the denoiser's family, ``unet`` or ``mmdit``: selects the published constants.
+        sampler: of the run; ``adaptive`` needs it.
+
+    Raises:
+        ValueError: the policy does not fit the run.
+    """
+    if config.policy == "cfg":
+        return FixedPolicy([FULL] * num_steps)
+    if config.policy == "fixed":
+        return FixedPolicy(Plan.parse(config.plan or "", num_steps))
+    if config.policy == "adaptive":
+        assert sampler is not None
+        return AdaptivePolicy(sampler, tolerance=config.tolerance, speedup=config.speedup)
+    preset = vars(PAPER_PRESETS[family].scaled(num_steps))
+    given = {name: value for name, value in config.paper_constants().items() if value is not None}
+    return PaperPolicy(num_steps, PaperConstants(**{**preset, **given}))

@@ -1,0 +1,128 @@
+"""What a scheduler makes of each prediction of a run, read off the scheduler itself.
+
+A scheduler's update is linear in the sample and in the predictions that it is given (multistep and two-stage solvers
+included, noise being added apart). So one pass of a copy of it over the run's timesteps with unit impulses in place of
+predictions, one impulse a step, tells how much each prediction moves the result. Nothing is derived per class.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Sampler(NamedTuple):
+    """A run as the scheduler sees it, one number a step (a step is one evaluation of the denoiser).
+
+    Attributes:
+        times: the timesteps handed to the denoiser: the abscissa in which predictions are smooth.
+        gains: change of the final sample per unit of the prediction, the other predictions unchanged. For Euler with
+            flow matching it is ``sigma_{i+1} - sigma_i``, for noise prediction with DDIM proportional to the step in
+            ``sqrt((1 - abar) / abar)``; 0 for a prediction that only finds an intermediate point.
+        weights: size of the change of the denoiser's next input per unit of the prediction: how far the prediction
+            moves the run, in units of the input, whose scale is about one with every scheduler.
+    """
+
+    times: tuple[float, ...]
+    gains: tuple[float, ...]
+    weights: tuple[float, ...]
+
+
+def read_sampler(scheduler: Any, start: float, num_steps: int, **extra: Any) -> Sampler:
+    """Read a scheduler whose timesteps are set and that has not stepped yet. It is not changed.
+
+    Args:
+        scheduler: a diffusers scheduler.
+        start: the first timestep of the run (image-to-image starts within the list).
+        num_steps: denoiser evaluations in the run.
+        extra: further arguments of its ``step``, such as ``eta``.
+
+    Raises:
+        ValueError: its update is not linear (clipping, thresholding), or it cannot be run on a copy.
+    """
+    timesteps = scheduler.timesteps.tolist()
+    first = min(range(len(timesteps)), key=lambda i: abs(timesteps[i] - start))
+    # set_begin_index and the like are state: two calls may differ in it alone.
+    state = str({name: value for name, value in vars(scheduler).items() if not callable(value)})
+    run = tuple(timesteps[first : first + num_steps])
+    return _read(_Key((type(scheduler), state, run, str(extra)), scheduler, extra))
+
+
+class _Key:
+    """Equal where schedulers are in an equal state; carries the scheduler past the cache."""
+
+    def __init__(self, identity: tuple[Any, ...], scheduler: Any, extra: dict[str, Any]) -> None:
+        self.identity, self.scheduler, self.extra = identity, scheduler, extra
+
+    def __hash__(self) -> int:
+        return hash(self.identity)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self.identity == other.identity
+
+
+@lru_cache(maxsize=16)
+def _read(key: _Key) -> Sampler:
+    scheduler, run = key.scheduler, key.identity[2]
+    name = type(scheduler).__name__
+    mend = "Use --hybrid_guidance reuse with --hybrid_policy fixed or paper, or another scheduler."
+    try:
+        silent, silent_inputs = _respond(scheduler, run, 0.0, key.extra)
+        unit, unit_inputs = _respond(scheduler, run, 1.0, key.extra)
+        large, _ = _respond(scheduler, run, 1e3, key.extra)
+    except Exception as error:
+        raise ValueError(f"hybrid-cond: {name} could not be run on a copy ({error}). {mend}") from error
+    finally:
+        key.scheduler = None  # the cache keeps the key
+    gains = unit - silent
+    if not torch.allclose((large - silent) / 1e3, gains, rtol=1e-2, atol=1e-3 * float(gains.abs().max())):
+        raise ValueError(
+            f"hybrid-cond: what {name} does is not linear in the predictions (clip_sample or thresholding), so the "
+            f"weight of a prediction is not known in advance. Set clip_sample=False and thresholding=False. {mend}"
+        )
+    weights = (unit_inputs - silent_inputs).abs()
+    return Sampler(run, tuple(gains.tolist()), tuple(weights.tolist()))
+
+
+@torch.no_grad()
+def _respond(
+    scheduler: Any, run: tuple[float, ...], impulse: float, extra: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a copy over ``run`` on as many samples as steps, the i-th of which is predicted ``impulse`` at step i, else 0.
+
+    Returns:
+        The final samples, and of each sample the denoiser's input after its impulse; float64, [T] each.
+    """
+    copied = copy.deepcopy(scheduler)
+    for name, value in vars(copied).items():
+        if isinstance(value, torch.Tensor):
+            setattr(copied, name, value.cpu())
+    for method in ("step", "set_timesteps"):  # `hybrid` watches these of the original
+        vars(copied).pop(method, None)
+    accepted = inspect.signature(copied.step).parameters
+    count = len(run)
+    sample = torch.zeros(count, 1, 1, 1, dtype=torch.float64)
+    inputs = torch.zeros(count, dtype=torch.float64)
+    dtype = copied.timesteps.dtype
+    with torch.random.fork_rng(devices=[]):  # noise without a generator comes from the global one
+        torch.manual_seed(0)
+        given = {**extra, **({"generator": torch.Generator().manual_seed(0)} if "generator" in accepted else {})}
+        sample = _scaled(copied, sample, torch.tensor(run[0], dtype=dtype), keep=True)
+        for i, time in enumerate(run):
+            prediction = torch.zeros_like(sample)
+            prediction[i] = impulse
+            sample = copied.step(prediction, torch.tensor(time, dtype=dtype), sample, return_dict=False, **given)[0]
+            following = torch.tensor(run[min(i + 1, count - 1)], dtype=dtype)
+            scaled = _scaled(copied, sample, following) if i + 1 < count else sample
+            inputs[i] = scaled[i].item()
+    return sample.double().flatten(), inputs
+
+
+def _scaled(scheduler: Any, sample: torch.Tensor, time: torch.Tensor, keep: bool = False) -> torch.Tensor:
+    """The denoiser's input. Called before every step, as the pipelines do: some schedulers count on it."""
+    scaled = scheduler.scale_model_input(sample, time) if hasattr(scheduler, "scale_model_input") else sample
+    return sample if keep else scaled
