@@ -1,59 +1,87 @@
 r"""The adaptive policy: FULL steps lie as far apart as one tolerance on the predicted guidance error allows.
 
-**Estimator.** On FULL step :math:`b` the true delta is known, so the guidance rule is asked what it would have estimated
-there from the FULL steps up to the last one, and up to the one before that: two errors :math:`\rho` at distances
-:math:`m_1 < m_2`, in the discrepancy's norm, ``mean|delta - d| / mean|pred_u|``. They give the law by which the estimate
-drifts from a FULL step on,
+A *group* is a FULL step and the :math:`n - 1` steps up to the next one, all PIPELINED (each saves half a forward) or
+all SKIPPED (each saves a whole one).
 
-.. math:: \rho(m) = \rho_1 \left(m / m_1\right)^p e^{g m}, \qquad
-          p = \frac{\ln \rho_2 / \rho_1}{\ln m_2 / m_1} \in [\tfrac14, 2],
+**Estimator.** On FULL step :math:`b` both predictions are known, so the guidance rule is asked what it would have
+missed there had it known the FULL steps up to the last one only, and up to the one before that: two errors
+:math:`\rho_1, \rho_2` at distances :math:`m_1 < m_2` in steps, for either kind (`discrepancy.Trial`). The error of an
+estimate is a drift that grows with the distance and a noise that does not (what no history tells of a prediction,
+rounding included):
 
-where :math:`g \ge 0` is the growth per step of the law itself since the last FULL step (the discrepancy rises towards the
-end of a run). The guidance error of a group of :math:`n - 1` PIPELINED steps and the FULL step that ends it is predicted as
+.. math:: \rho(m)^2 = k^2 m^2 + \nu^2, \qquad
+          k^2 = \frac{\rho_2^2 - \rho_1^2}{m_2^2 - m_1^2}, \quad \nu^2 = \rho_1^2 - k^2 m_1^2,
 
-.. math:: E(n) = |w - 1| \sum_{m=1}^{n-1} W_{b+m}\, \rho(m),
+both kept as running means (weight 1/2 a FULL step) and in units of
 
-with the sampler's weights :math:`W` (`Sampler.weights`), which make it an error of the denoiser's input whatever the
-scheduler and the number of steps.
+.. math:: s_i = \frac{T}{i\,(T - i)},
 
-**Controller.** PIPELINED steps should lie where they cost least: the sum of :math:`E^2` (errors of groups are independent)
-is to be least for the number of PIPELINED steps. So there is one price for all of them, and a group is as long as minimises
-its net cost per step,
+because over the first and the last part of a run predictions change by the share of the run that has passed, and is
+left: measured on two models of both families, :math:`k / s` is level but for a fall at the start. The guidance error of
+a group is predicted as
 
-.. math:: n = \arg\min_{n \ge 1} \frac{1}{n} \left( \frac{T}{\tau^2} E(n)^2 - (n - 1) \right).
+.. math:: E(n)^2 = (w - 1)^2 \left[ \Big( \sum_{m=1}^{n-1} V_{b+m}\, m\, k \Big)^2
+          + \sum_{m=1}^{n-1} V_{b+m}^2\, \nu^2 \right], \qquad V_i = \frac{W_i\, s_i}{\sqrt{1 - i/T}}.
 
-:math:`\tau` is the tolerance: pipelining all T steps at the price would give a root-mean-square error of :math:`\tau`.
-:math:`n = 1` everywhere while the discrepancy falls fast is the warm-up (tau_1 falls out of it), and so is the dense end.
-The last step of a run is FULL, so that no debt of the guidance is left.
+:math:`W` are the sampler's weights (`Sampler.weights`), which make it an error of the denoiser's input whatever the
+scheduler and the number of steps; the root is how much of it the picture keeps, since later steps correct part of it
+(measured likewise).
 
-**Target.** With a target speed-up the number of PIPELINED steps is given and the price is not: on every FULL step the
-price is the one at which the rest of the run, forecast by the present law (its growth :math:`g < 0` included while it
-falls), takes the PIPELINED steps that are left. Nothing but the run's own past is used.
+**Controller.** Forwards should be saved where that costs least: the sum of :math:`E^2` (errors of groups are
+independent) is to be least for what is saved. So there is one price for all of them, and a group has the kind and the
+length that minimise its net cost per step,
+
+.. math:: \min_{n \ge 1,\ \mathrm{kind}} \frac{1}{n} \left( \frac{T}{\tau^2} E(n)^2 - S(n) \right), \qquad
+          S(n) = \tfrac{n - 1}{2} \text{ or } n - 1 \text{ forwards saved.}
+
+:math:`\tau` is the tolerance: the error at which a saving of all T forwards would be too dear.
+:math:`n = 1` everywhere while the predictions change fast is the warm-up (tau_1 falls out of it), and so is the dense
+end. The last step of a run is FULL, so that no debt of the guidance is left.
+
+**Target.** With a target speed-up the saving is given and the price is not: on every FULL step the price is the one at
+which the rest of the run, forecast by the present laws, saves what is left to save. If :math:`k / s` has fallen since
+step :math:`i / 2`, it is expected to fall as much again by step :math:`2 i`, so that a run does not start to save while
+waiting is cheaper. Nothing but the run's own past is used.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from .plan import FULL, PIPELINED, StepKind
+from .discrepancy import Trial
+from .plan import FULL, PIPELINED, SKIPPED, StepKind
 from .sampler import Sampler
 
 LONGEST_GROUP = 8  # steps: a law measured over two gaps is not trusted further
-REST = 0.1  # share of the run that a forecast leaves FULL at its end, where the discrepancy rises
+
+#: Forwards of one branch that a step of each kind saves against a FULL step (cost model: FULL 1, PIPELINED 1/2).
+SAVES = {PIPELINED: 0.5, SKIPPED: 1.0}
 
 
 class _Law(NamedTuple):
-    """How the estimate drifts after FULL step ``step``: see the module."""
+    """How an estimate errs: see the module.
 
-    step: int
-    distance: float
-    error: float
-    power: float
-    growth: float
+    Attributes:
+        drift: (k / s)^2.
+        noise: (nu / s)^2.
+    """
 
-    def __call__(self, m: float) -> float:
-        return self.error * (m / self.distance) ** self.power
+    drift: float
+    noise: float
+
+
+class _Group(NamedTuple):
+    kind: StepKind
+    length: int
+
+    @property
+    def saving(self) -> float:
+        return SAVES[self.kind] * (self.length - 1)
+
+
+_ALONE = _Group(PIPELINED, 1)
 
 
 class AdaptivePolicy:
@@ -63,30 +91,40 @@ class AdaptivePolicy:
         sampler: of the run; its length is the number of steps.
         tolerance: tau, in the discrepancy's norm.
         speedup: target of the bound of the speed-up, in place of the tolerance.
+        kinds: letters of the kinds that the policy may use.
 
     Raises:
-        ValueError: the target is not between 2 (all FULL) and what the run's length allows.
+        ValueError: the target is not between 2 (all FULL) and what the run's length and the kinds allow.
     """
 
-    reads_drift = True
+    reads_trials = True
 
-    def __init__(self, sampler: Sampler, *, tolerance: float | None = None, speedup: float | None = None) -> None:
+    def __init__(
+        self,
+        sampler: Sampler,
+        *,
+        tolerance: float | None = None,
+        speedup: float | None = None,
+        kinds: str = "FPS",
+    ) -> None:
         self.sampler: Sampler | None = sampler
         self.num_steps = len(sampler.times)
         self.tolerance = tolerance
-        self._rest = self.num_steps - 1 - math.ceil(REST * self.num_steps)
-        self.budget: int | None = None
+        self.budget: float | None = None  # forwards to save yet
+        self._saves = {kind: saving for kind, saving in SAVES.items() if kind.value in kinds}
         if speedup is not None:
-            self.budget = round(2 * self.num_steps - 4 * self.num_steps / speedup)
-            most = (self.num_steps - 4) * (LONGEST_GROUP - 1) // LONGEST_GROUP
+            self.budget = self.num_steps - 2 * self.num_steps / speedup
+            groups, rest = divmod(max(self.num_steps - 4, 0), LONGEST_GROUP)
+            most = (groups * (LONGEST_GROUP - 1) + max(rest - 1, 0)) * max(self._saves.values(), default=0.0)
             if not 0 <= self.budget <= most:
-                best = 2 * self.num_steps / (self.num_steps - max(most, 0) / 2)
+                best = 2 * self.num_steps / (self.num_steps - most)
                 raise ValueError(
                     f"speedup={speedup} (--hybrid_speedup): {self.num_steps} steps allow 2 to {best:.2f}. Lower it, or "
                     "raise --num_inference_steps."
                 )
-        self._law: _Law | None = None
-        self._price = math.inf  # of the squared guidance error, in PIPELINED steps
+        self._laws: dict[int, dict[StepKind, _Law]] = {}  # by FULL step: running means
+        self._measured: dict[int, dict[StepKind, _Law]] = {}  # as measured there
+        self._group = _ALONE
         self._next_full = 0
         self._first: int | None = None
         self._last: int | None = None
@@ -102,77 +140,110 @@ class AdaptivePolicy:
     def reads_discrepancy(self, step: int) -> bool:
         return step < self.num_steps - 2
 
-    def observe(self, step: int, discrepancy: float, drift: list[tuple[float, float]], guidance: float) -> None:
+    def observe(self, step: int, discrepancy: float, trials: Sequence[Trial] = (), guidance: float = 1.0) -> None:
         """Take what FULL step ``step`` measured, and decide how far the next one lies.
 
         Args:
-            drift: (distance, error) of the rule's trials, nearest first.
+            discrepancy: M; not used.
+            trials: of the guidance rule, nearest first.
             guidance: ``w - 1``.
         """
-        self._learn(step, drift)
-        length = self._group(step, guidance)
-        self._next_full = step + length
-        if length > 1:
+        self._learn(step, trials)
+        self._group = self._choose(step, guidance) if step in self._laws else _ALONE
+        self._next_full = step + self._group.length
+        if self._group.length > 1:
             self._first = step + 1 if self._first is None else self._first
-            self._last = step + length - 1
+            self._last = self._next_full - 1
             if self.budget is not None:
-                self.budget -= length - 1
+                self.budget -= self._group.saving
 
     def kind(self, step: int) -> StepKind:
-        return PIPELINED if step < self._next_full else FULL
+        return self._group.kind if step < self._next_full else FULL
 
-    def _learn(self, step: int, drift: list[tuple[float, float]]) -> None:
-        before, self._law = self._law, None
-        if len(drift) < 2 or not all(0 < error < math.inf for _, error in drift):
+    def _learn(self, step: int, trials: Sequence[Trial]) -> None:
+        errors = [error for trial in trials for error in trial[1:]]
+        if step == 0 or len(trials) < 2 or not all(0 < error < math.inf for error in errors):
             return
-        (near, error), (far, further) = drift[:2]
-        power = min(2.0, max(0.25, math.log(further / error) / math.log(far / near)))
-        growth = 0.0
-        if before is not None:
-            growth = math.log(error / before(near)) / (step - before.step)
-        self._law = _Law(step, near, error, power, max(-0.5, min(0.5, growth)))
+        near, far = trials[:2]
+        unit = _shape(step, self.num_steps) ** 2
+        measured = {
+            PIPELINED: _law(near.distance, near.pipelined, far.distance, far.pipelined, unit),
+            SKIPPED: _law(near.distance, near.skipped, far.distance, far.skipped, unit),
+        }
+        before = next(reversed(self._laws.values()), measured)
+        self._measured[step] = measured
+        self._laws[step] = {
+            kind: _Law(math.sqrt(law.drift * before[kind].drift), (law.noise + before[kind].noise) / 2)
+            for kind, law in measured.items()
+        }
 
-    def _group(self, step: int, guidance: float) -> int:
-        """Length of the group that begins with FULL step ``step``."""
-        if self._law is None:
-            return 1
+    def _choose(self, step: int, guidance: float) -> _Group:
+        """The group that begins with FULL step ``step``."""
+        laws = self._laws[step]
         if self.budget is None:
             assert self.tolerance is not None
-            return self._length(step, guidance, self.num_steps / self.tolerance**2)
-        if self.budget <= 0:
-            return 1
-        if step < self._rest:
-            # The dearest price that still spends the budget: bisected over its logarithm.
-            low, high = -20.0, 40.0
-            for _ in range(40):
-                middle = (low + high) / 2
-                spends = self._forecast(step, guidance, math.exp(middle)) >= self.budget
-                low, high = (middle, high) if spends else (low, middle)
-            self._price = math.exp(low)
-        return min(self._length(step, guidance, self._price), self.budget + 1)
+            return self._best(step, laws, guidance, self.num_steps / self.tolerance**2)
+        half = max((known for known in self._measured if known <= step / 2), default=None)
+        if half is None or self.budget <= 0:
+            return _ALONE
+        # The dearest price that still saves enough: bisected over its logarithm.
+        low, high = -20.0, 40.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            saves = self._forecast(step, half, guidance, math.exp(middle)) >= self.budget
+            low, high = (middle, high) if saves else (low, middle)
+        group = self._best(step, laws, guidance, math.exp(low))
+        left = math.ceil(self.budget / SAVES[group.kind] - 1e-9)  # the target is reached, not missed by a step
+        return group._replace(length=min(group.length, left + 1))
 
-    def _forecast(self, step: int, guidance: float, price: float) -> int:
-        """PIPELINED steps from ``step`` to the end if the present law and this price held."""
-        count = 0
-        while step < self._rest:
-            length = min(self._length(step, guidance, price), self._rest - step)
-            count += length - 1
-            step += length
-        return count
+    def _forecast(self, now: int, half: int, guidance: float, price: float) -> float:
+        """Forwards saved from FULL step ``now`` to the end at this price, as far as the laws since ``half`` tell."""
+        laws = self._laws[now]
+        falls = {kind: _fall(self._measured, half, now, kind) for kind in laws}
+        saved, step = 0.0, now
+        while step < self.num_steps - 1:
+            ahead = {}
+            for kind, law in laws.items():
+                share = min(2.0, step / now) ** falls[kind]
+                ahead[kind] = _Law(law.drift * share, law.noise * share)
+            group = self._best(step, ahead, guidance, price)
+            saved += group.saving
+            step += group.length
+        return saved
 
-    def _length(self, step: int, guidance: float, price: float) -> int:
-        """Steps of the group with the least net cost per step: ``price E(n)^2 - (n - 1)``, over n."""
-        law = self._law
-        assert law is not None and self.sampler is not None
-        best, length, error = 0.0, 1, 0.0
+    def _best(self, step: int, laws: dict[StepKind, _Law], guidance: float, price: float) -> _Group:
+        """The group with the least net cost per step: ``(price E(n)^2 - S(n)) / n``."""
+        assert self.sampler is not None
+        least, best = 0.0, _ALONE
         longest = min(LONGEST_GROUP, self.num_steps - 1 - step)
-        for n in range(2, longest + 1):
-            m = n - 1
-            since = step + m - law.step
-            # A falling law is believed for what lies ahead (the forecast), a rising one for this group already.
-            growth = law.growth if law.growth > 0 or step > law.step else 0.0
-            error += abs(guidance) * self.sampler.weights[step + m] * law(m) * math.exp(growth * min(since, 2 * LONGEST_GROUP))
-            net = (price * error**2 - m) / n
-            if net < best:
-                best, length = net, n
-        return length
+        for kind, saves in self._saves.items():
+            law = laws[kind]
+            drift = noise = 0.0
+            for n in range(2, longest + 1):
+                at = step + n - 1
+                kept = 1 / math.sqrt(1 - at / self.num_steps)
+                weight = guidance * self.sampler.weights[at] * _shape(at, self.num_steps) * kept
+                drift += weight * math.sqrt(law.drift) * (n - 1)
+                noise += weight**2 * law.noise
+                net = (price * (drift**2 + noise) - saves * (n - 1)) / n
+                if net < least:
+                    least, best = net, _Group(kind, n)
+        return best
+
+
+def _shape(step: int, num_steps: int) -> float:
+    """``s``."""
+    return num_steps / (step * (num_steps - step))
+
+
+def _law(m1: float, rho1: float, m2: float, rho2: float, unit: float) -> _Law:
+    """The law through two errors, over ``unit`` = s^2."""
+    # Of what was measured, an eighth at least is taken for drift: a chance reading must not end in a long group.
+    least, most = (rho1 / m1) ** 2 / 8, (rho1 / m1) ** 2
+    drift = min(max((rho2**2 - rho1**2) / (m2**2 - m1**2), least), most)
+    return _Law(drift / unit, (rho1**2 - drift * m1**2) / unit)
+
+
+def _fall(measured: dict[int, dict[StepKind, _Law]], half: int, now: int, kind: StepKind) -> float:
+    """Exponent of the step with which the drift has changed since step ``half``; 0 if it has risen."""
+    return min(0.0, math.log(measured[now][kind].drift / measured[half][kind].drift) / math.log(now / half))

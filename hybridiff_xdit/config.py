@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .guidance import RULES
-from .plan import Plan
+from .plan import SKIPPED, Plan
 from .policies import POLICIES
 
 _PAPER_ONLY = ("interval", "slope_window", "slope_threshold", "tau_cap")
@@ -25,15 +25,17 @@ class HybridConfig:
         tolerance: for ``adaptive``: the guidance error allowed over the run, in the discrepancy's norm
             (`adaptive`). Default 0.02.
         speedup: for ``adaptive``, in place of the tolerance: the bound of the speed-up to reach, 2 or more.
-        guidance: what stands for the guidance on PIPELINED steps: ``mixed`` (the published code), ``none``, ``reuse``
-            (the last delta) or ``deferred`` (an estimate whose error is paid back on the next FULL step). Default:
-            ``mixed`` with ``paper``, else ``deferred``.
+        kinds: for ``adaptive``: letters of the kinds of step that it may use: ``FPS``, ``FP`` or ``FS``. Default
+            ``FPS``.
+        guidance: what stands for the guidance where it is not evaluated: ``mixed`` (the published code), ``none``,
+            ``reuse`` (the last delta) or ``deferred`` (estimates whose error is paid back on the next FULL step).
+            Default: ``mixed`` with ``paper``, else ``deferred``.
         interval: k, length of the published window, steps. Default: the preset, scaled to the run's length;
             so too for the next three.
         slope_window: L, steps.
         slope_threshold: g, discrepancy per step.
         tau_cap: the latest step at which the window starts.
-        plan: for ``fixed``: a letter F or P a step, or ``START-END/GAP`` (`Plan.parse`).
+        plan: for ``fixed``: a letter F, P or S a step, or ``START-END/GAP`` (`Plan.parse`).
         stages: stages of a PIPELINED step. Only 2 so far.
         report: folder for ``report.json`` and ``report.png``, made if missing; rank 0 writes.
 
@@ -46,6 +48,7 @@ class HybridConfig:
     guidance: str | None = None
     tolerance: float | None = None
     speedup: float | None = None
+    kinds: str | None = None
     interval: int | None = None
     slope_window: int | None = None
     slope_threshold: float | None = None
@@ -77,24 +80,28 @@ class HybridConfig:
         if self.plan is not None:
             # The run's length is not known yet: read a pattern against the shortest run that it fits.
             end = self.plan.partition("-")[2].partition("/")[0]
-            Plan.parse(self.plan, int(end) if end.isdigit() else None)
+            plan = Plan.parse(self.plan, int(end) if end.isdigit() else None)
+            if SKIPPED in plan and not RULES[str(self.guidance)].estimates:
+                self._refuse("guidance", "it cannot do without an evaluation (S in the plan): use deferred or reuse")
         if self.stages not in (None, 2):
             self._refuse("stages", "only 2 is offered so far: drop the flag")
 
     def _check_adaptive(self) -> None:
-        for name in ("tolerance", "speedup"):
+        for name in ("tolerance", "speedup", "kinds"):
             if self.policy != "adaptive" and getattr(self, name) is not None:
                 self._refuse(name, f"it has no effect with --hybrid_policy {self.policy}: drop it, or use adaptive")
         if self.policy != "adaptive":
             return
-        if not RULES[str(self.guidance)].trials:
+        if not RULES[str(self.guidance)].estimates:
             self._refuse("guidance", "it estimates no guidance whose error adaptive could bound: use deferred or reuse")
+        if self.kinds not in (None, "FPS", "FP", "FS"):
+            self._refuse("kinds", "give FPS, FP (nothing SKIPPED) or FS (nothing PIPELINED)")
         if self.tolerance is not None and self.speedup is not None:
             self._refuse("speedup", "give it or --hybrid_tolerance, not both")
         if self.tolerance is not None and not 0 < self.tolerance < float("inf"):
             self._refuse("tolerance", f"give a positive number, such as {TOLERANCE}")
-        if self.speedup is not None and not 2 <= self.speedup < 4:
-            self._refuse("speedup", "give a number from 2 (every step FULL) to less than 4, such as 2.5")
+        if self.speedup is not None and not 2 <= self.speedup < 10:
+            self._refuse("speedup", "give a number from 2 (every step FULL) to less than 10, such as 2.5")
         if self.tolerance is None and self.speedup is None:
             object.__setattr__(self, "tolerance", TOLERANCE)
 

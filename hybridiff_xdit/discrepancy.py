@@ -1,4 +1,4 @@
-"""Discrepancy between the two branches of classifier-free guidance, and the detector of its plateau.
+"""Discrepancy between the two branches of classifier-free guidance, its plateau, and the drift of estimates of it.
 
 Floats in, floats out: this module knows nothing of ranks, pipelines or models, so that every rank that feeds
 it the same numbers takes the same decision.
@@ -6,6 +6,7 @@ it the same numbers takes the same decision.
 
 import math
 from collections import deque
+from typing import Any, NamedTuple
 
 import torch
 
@@ -58,3 +59,20 @@ class SlopeDetector:
             return False
         slope = (self._recent[0] - value) / self.window
         return 0.0 <= slope < self.threshold
+
+
+class Trial(NamedTuple):
+    """What the estimates of a rule would have missed on a FULL step, had the last ones before it not been FULL.
+
+    Attributes:
+        distance: from the last FULL step that the estimates knew, in steps.
+        pipelined: error of delta's estimate, pred_c being known: ``mean|delta - d| / mean|pred_u|``.
+        skipped: the same of the guided prediction, pred_c being estimated too, in units of ``w - 1``:
+            ``mean|(pred_c - c) / (w - 1) + delta - d| / mean|pred_u|``.
+
+    Both errors are in the discrepancy's norm: float32 scalars, on the device or read from it.
+    """
+
+    distance: float
+    pipelined: Any
+    skipped: Any

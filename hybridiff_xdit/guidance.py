@@ -1,7 +1,8 @@
-"""The rule that makes (pred_u, pred_c) on a PIPELINED step, where only one prediction is evaluated.
+"""The rule that makes (pred_u, pred_c) on a step that does not evaluate both.
 
-Pipelines compute ``pred_u + w (pred_c - pred_u)``. Handing them ``(pred_c - d, pred_c)``, with ``d`` an estimate of delta,
-gives ``pred_c + (w - 1) d`` for every w, and with guidance_rescale, without knowing w.
+Pipelines compute ``pred_u + w (pred_c - pred_u)``. Handing them ``(c - d, c)``, with ``c`` the cond prediction,
+evaluated (PIPELINED) or estimated (SKIPPED), and ``d`` an estimate of delta, gives ``c + (w - 1) d`` for every w, and
+with guidance_rescale, without knowing w.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from .discrepancy import Trial
 from .sampler import Sampler
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -26,11 +28,11 @@ class Mixed:
     """
 
     stage0_branch: Literal["uncond", "cond"] = "uncond"
-    #: Whether stage 1 reads the straight line through its last two boundaries at its own time, or the last one as it is.
+    #: Whether the rule can do without an evaluation (SKIPPED steps), and tell what its estimates miss (`trials`).
+    estimates = False
+    #: Whether stage 1 reads the straight line through its last two boundaries at its own time, or the last one.
     extrapolates_boundary = False
     needs_sampler = False
-    #: How far back the rule's estimate is tried out on a FULL step (`drift`): so many distances.
-    trials = 0
 
     def __init__(self, sampler: Sampler | None = None) -> None:
         self.sampler = sampler
@@ -47,13 +49,12 @@ class Mixed:
         """(pred_u, pred_c) from the one prediction of a PIPELINED step, each [B, ...]."""
         return pred, pred
 
-    def drift(self, step: int, pred_u: torch.Tensor, pred_c: torch.Tensor) -> list[tuple[float, torch.Tensor]]:
-        """What the estimate would have missed on this FULL step (call it before `full`).
+    def skipped(self, step: int, guidance: float) -> Pair:
+        """(pred_u, pred_c) of a SKIPPED step, each [B, ...], from FULL steps before it."""
+        raise NotImplementedError
 
-        Returns:
-            Per trial (distance in steps from the last FULL step that the estimate knew, error): the error is
-            ``mean|delta - d| / mean|pred_u|``, the discrepancy's norm, a float32 scalar on the device.
-        """
+    def trials(self, step: int, pred_u: torch.Tensor, pred_c: torch.Tensor, guidance: float) -> list[Trial]:
+        """What the estimates would have missed on this FULL step (call it before `full`), nearest distance first."""
         return []
 
 
@@ -64,7 +65,7 @@ class NoGuidance(Mixed):
 
 
 class _Known(NamedTuple):
-    """A FULL step: delta and pred_c, float32 [B, ...]."""
+    """A step's delta and pred_c, float32 [B, ...]: measured on a FULL step, else estimated."""
 
     step: int
     delta: torch.Tensor
@@ -72,9 +73,9 @@ class _Known(NamedTuple):
 
 
 class Reuse(NoGuidance):
-    """Both stages are cond; the guidance is the last delta that a FULL step measured."""
+    """Both stages are cond; the guidance is the last delta that a FULL step measured. SKIPPED: its pred_c too."""
 
-    trials = 2
+    estimates = True
     _memory = 2
 
     def __init__(self, sampler: Sampler | None = None) -> None:
@@ -83,97 +84,130 @@ class Reuse(NoGuidance):
 
     def full(self, step: int, pred_u: torch.Tensor, pred_c: torch.Tensor, guidance: float) -> Pair:
         c = pred_c.float()
+        self._dtype = pred_c.dtype
         self._known = [*self._known, _Known(step, c - pred_u.float(), c)][-self._memory :]
         return pred_u, pred_c
 
     def pipelined(self, step: int, pred: torch.Tensor, guidance: float) -> Pair:
-        assert self._known, "a PIPELINED step came before any FULL step"
-        return (pred.float() - self._estimate(self._known, step, pred.float())).to(pred.dtype), pred
+        return self._use(self._estimate(self._known, step, pred.float()), guidance, is_evaluated=True)
 
-    def drift(self, step: int, pred_u: torch.Tensor, pred_c: torch.Tensor) -> list[tuple[float, torch.Tensor]]:
+    def skipped(self, step: int, guidance: float) -> Pair:
+        return self._use(self._estimate(self._known, step), guidance, is_evaluated=False)
+
+    def trials(self, step: int, pred_u: torch.Tensor, pred_c: torch.Tensor, guidance: float) -> list[Trial]:
         c, u = pred_c.float(), pred_u.float()
+        scale = u.abs().mean()
         found = []
-        for back in range(min(self.trials, len(self._known))):
+        for back in range(min(2, len(self._known))):
             known = self._known[: len(self._known) - back]
-            error = (c - u - self._estimate(known, step, c)).abs().mean() / u.abs().mean()
-            found.append((step - known[-1].step, error))
+            pipelined, skipped = self._estimate(known, step, c), self._estimate(known, step)
+            missed = (c - skipped.pred_c) / guidance + c - u - skipped.delta
+            errors = [error.abs().mean() / scale for error in (c - u - pipelined.delta, missed)]
+            found.append(Trial(step - known[-1].step, *errors))
         return found
 
-    def _estimate(self, known: Sequence[_Known], step: int, pred_c: torch.Tensor) -> torch.Tensor:
-        """``d`` at ``step`` from FULL steps before it, and the cond prediction of the step itself; float32 [B, ...]."""
-        return known[-1].delta
+    def _use(self, estimate: _Known, guidance: float, is_evaluated: bool) -> Pair:
+        """The pair that hands an estimate to the pipeline; ``is_evaluated``: its pred_c is."""
+        c = estimate.pred_c
+        return (c - estimate.delta).to(self._dtype), c.to(self._dtype)
+
+    def _estimate(self, known: Sequence[_Known], step: int, pred_c: torch.Tensor | None = None) -> _Known:
+        """Delta, and pred_c where it is not given, at ``step`` from FULL steps before it."""
+        assert known, "the first step of a run is FULL"
+        return _Known(step, known[-1].delta, known[-1].pred_c if pred_c is None else pred_c)
 
 
 class Deferred(Reuse):
-    r"""Estimates delta from the last FULL steps and from pred_c, and pays each estimate's error back on the next FULL step.
+    r"""Estimates from the last two FULL steps, and pays each estimate's error back on the next FULL step.
 
-    With FULL steps at :math:`a' < a`, times :math:`t`, and :math:`r_j = (t_j - t_a) / (t_a - t_{a'})`, a PIPELINED step
+    With FULL steps at :math:`a' < a`, times :math:`t`, and :math:`r_j = (t_j - t_a) / (t_a - t_{a'})`, a SKIPPED step
     :math:`j` uses
 
-    .. math:: d_j = \delta_a + \alpha\, r_j (\delta_a - \delta_{a'}) + \beta\, (c_j - c_a - \alpha\, r_j (c_a - c_{a'})),
+    .. math:: \hat c_j = c_a + \gamma\, r_j (c_a - c_{a'}), \qquad
+              d_j = \delta_a + \alpha\, r_j (\delta_a - \delta_{a'}),
 
-    a damped extrapolation, plus what pred_c, which *is* evaluated on the step, tells of the part of delta that no history
-    predicts: :math:`\beta = 0` carries the last delta on, :math:`\beta = 1` the last pred_u.
+    damped extrapolations, and a PIPELINED one, where :math:`c_j` is evaluated,
 
-    On the next FULL step :math:`b` the parabola :math:`D` through the last three known deltas replaces the estimates in
-    hindsight (likewise :math:`C` for pred_c), and the error of the guidance's impulse is added to delta there,
+    .. math:: d_j = \delta_a + \alpha\, r_j (\delta_a - \delta_{a'})
+              + \beta\, (c_j - c_a - \alpha\, r_j (c_a - c_{a'})):
 
-    .. math:: \hat\delta_b = \delta_b + \sum_{a<j<b} \frac{G_j (w_j - 1)}{G_b (w_b - 1)}
-              \left( D(t_j) + \beta\, (c_j - C(t_j)) - d_j \right),
+    what pred_c tells of the part of delta that no history predicts (:math:`\beta = 0` carries the last delta on,
+    :math:`\beta = 1` the last pred_u).
 
-    with the sampler's gains :math:`G` (`Sampler.gains`): for w constant, w need not be known. A step whose gain is too
-    small to carry the debt leaves it to the next FULL step.
+    On the next FULL step :math:`b` the straight lines :math:`D, C` from :math:`a` to :math:`b` replace the estimates in
+    hindsight, and the errors of the steps' impulses are added there,
 
-    :math:`\alpha, \beta \in [0, 1]` are fitted per picture on every FULL step, each as a running mean (weight 0.8 a FULL
-    step) of a least-squares coefficient: :math:`\alpha` of :math:`\delta_b - \delta_a` on :math:`r_b (\delta_a -
-    \delta_{a'})`, :math:`\beta` of the residual of delta's straight line on that of pred_c. Where low precision or the
-    model makes delta noisy, the fit damps itself: nothing is tuned to a model.
+    .. math:: \hat\delta_b = \delta_b + \sum_{a<j<b} \frac{G_j (w_j - 1)}{G_b (w_b - 1)} \left( D(t_j) - d_j \right),
+              \qquad c_b + \sum_{a<j<b} \frac{G_j}{G_b} \left( C(t_j) - \hat c_j \right),
+
+    with the sampler's gains :math:`G` (`Sampler.gains`): for w constant, w need not be known, and the guidance impulse
+    of a group is a trapezoid sum. On PIPELINED steps pred_c owes nothing, and :math:`D(t_j)` has
+    :math:`\beta\, (c_j - C(t_j))` added. A FULL step whose gain is too small to carry the debt leaves it to the next.
+
+    :math:`\alpha, \beta, \gamma \in [0, 1]` are fitted per picture on every FULL step, each as a running mean (weight
+    0.8 a FULL step) of a least-squares coefficient: :math:`\alpha` of :math:`\delta_b - \delta_a` on
+    :math:`r_b (\delta_a - \delta_{a'})`, :math:`\gamma` likewise of pred_c, :math:`\beta` of the residual of delta's
+    straight line on that of pred_c. Where low precision or the model makes delta noisy, the fit damps itself: nothing
+    is tuned to a model.
     """
 
     extrapolates_boundary = True
     needs_sampler = True
-    _memory = 3
+    _memory = 3  # two for the estimate, and one more for the trial that forgets the last
     _forget = 0.8
+    _carries = 0.5  # of the largest gain among the steps that a debt is of
 
     def __init__(self, sampler: Sampler | None = None) -> None:
         super().__init__(sampler)
-        self._alpha = _Coefficient(self._forget)
-        self._beta = _Coefficient(self._forget)
-        self._used: list[tuple[float, _Known]] = []  # per PIPELINED step (guidance, with d in place of delta)
-        self._debt: torch.Tensor | None = None  # of the guidance's impulse, in units of the final sample
+        self._alpha, self._beta, self._gamma = (_Coefficient(self._forget) for _ in range(3))
+        self._used: list[_Used] = []  # since the last FULL step
+        self._debt: tuple[torch.Tensor, torch.Tensor] | None = None  # of delta's impulse, times w - 1, and of pred_c's
 
     def full(self, step: int, pred_u: torch.Tensor, pred_c: torch.Tensor, guidance: float) -> Pair:
         assert self.sampler is not None
+        gains = self.sampler.gains
         if len(self._known) > 1:
             self._fit(step, pred_u, pred_c)
         super().full(step, pred_u, pred_c, guidance)
-        gains = self.sampler.gains
-        for weight, used in self._used:
-            delta, c = self._line(self._known, used.step)
-            missed = delta + self._beta.value * (used.pred_c - c) - used.delta
-            missed = missed * (gains[used.step] * weight)
-            self._debt = missed if self._debt is None else self._debt + missed
-        carries = abs(gains[step]) > 0.1 * max((abs(gains[used.step]) for _, used in self._used), default=0.0)
+        for used in self._used:
+            hindsight, gain = self._hindsight(used), gains[used.estimate.step]
+            delta = gain * used.guidance * (hindsight.delta - used.estimate.delta)
+            c = gain * (hindsight.pred_c - used.estimate.pred_c)
+            self._debt = (delta, c) if self._debt is None else (self._debt[0] + delta, self._debt[1] + c)
+        largest = max((abs(gains[used.estimate.step]) for used in self._used), default=0.0)
         self._used.clear()
-        if self._debt is None or not carries or gains[step] * guidance == 0:
+        if self._debt is None or abs(gains[step]) < self._carries * largest or gains[step] * guidance == 0:
             return pred_u, pred_c
-        owed, self._debt = self._debt / (gains[step] * guidance), None
-        return (pred_u.float() - owed).to(pred_u.dtype), pred_c
+        (delta, c), self._debt = self._debt, None
+        owed_c = c / gains[step]
+        owed_u = owed_c - delta / (gains[step] * guidance)
+        return (pred_u.float() + owed_u).to(pred_u.dtype), (pred_c.float() + owed_c).to(pred_c.dtype)
 
-    def pipelined(self, step: int, pred: torch.Tensor, guidance: float) -> Pair:
-        assert self._known, "a PIPELINED step came before any FULL step"
-        c = pred.float()
-        d = self._estimate(self._known, step, c)
-        self._used.append((guidance, _Known(step, d, c)))
-        return (c - d).to(pred.dtype), pred
+    def _use(self, estimate: _Known, guidance: float, is_evaluated: bool) -> Pair:
+        self._used.append(_Used(estimate, guidance, is_evaluated))
+        return super()._use(estimate, guidance, is_evaluated)
 
-    def _estimate(self, known: Sequence[_Known], step: int, pred_c: torch.Tensor) -> torch.Tensor:
+    def _estimate(self, known: Sequence[_Known], step: int, pred_c: torch.Tensor | None = None) -> _Known:
         last = known[-1]
         if len(known) < 2 or not self._alpha.is_known:
-            return last.delta
-        reach = self._alpha.value * self._reach(known, step)
-        delta = last.delta + reach * (last.delta - known[-2].delta)
-        return delta + self._beta.value * (pred_c - last.pred_c - reach * (last.pred_c - known[-2].pred_c))
+            return super()._estimate(known, step, pred_c)
+        before, reach = known[-2], self._reach(known, step)
+        slope, slope_c = reach * (last.delta - before.delta), reach * (last.pred_c - before.pred_c)
+        delta = last.delta + self._alpha.value * slope
+        if pred_c is None:
+            return _Known(step, delta, last.pred_c + self._gamma.value * slope_c)
+        unforeseen = pred_c - last.pred_c - self._alpha.value * slope_c
+        return _Known(step, delta + self._beta.value * unforeseen, pred_c)
+
+    def _hindsight(self, used: _Used) -> _Known:
+        """What stands for the step's delta and pred_c now that the FULL step after it is known."""
+        step, c = used.estimate.step, used.estimate.pred_c
+        before, last = self._known[-2:]
+        share = 1 + self._reach(self._known, step)
+        delta, line_c = (torch.lerp(a, b, share) for a, b in zip(before[1:], last[1:], strict=True))
+        if not used.is_evaluated:
+            return _Known(step, delta, line_c)
+        return _Known(step, delta + self._beta.value * (c - line_c), c)
 
     def _fit(self, step: int, pred_u: torch.Tensor, pred_c: torch.Tensor) -> None:
         """Take FULL step ``step`` into the coefficients; `_known` holds those before it."""
@@ -183,29 +217,25 @@ class Deferred(Reuse):
         moved, moved_c = c - pred_u.float() - last.delta, c - last.pred_c
         slope, slope_c = reach * (last.delta - before.delta), reach * (last.pred_c - before.pred_c)
         self._alpha.update(moved, slope)
+        self._gamma.update(moved_c, slope_c)
         self._beta.update(moved - slope, moved_c - slope_c)
 
     def _reach(self, known: Sequence[_Known], step: int) -> float:
-        """``r``: how far ``step`` lies beyond the last known step, in units of the gap before that."""
+        """``r``: how far ``step`` lies beyond the last known step, in units of the gap before that.
+
+        0 where that gap is none: solvers of order 2 evaluate twice at one time, and the later evaluation counts.
+        """
         assert self.sampler is not None
         before, last, now = (self.sampler.times[i] for i in (known[-2].step, known[-1].step, step))
         return (now - last) / (last - before) if last != before else 0.0
 
-    def _line(self, known: Sequence[_Known], step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The parabola through the known deltas at ``step``, and that through pred_c."""
-        assert self.sampler is not None
-        times = self.sampler.times
-        # Solvers of order 2 evaluate twice at one time: the later evaluation counts.
-        nodes = list({times[point.step]: point for point in known}.items())
-        total: list[torch.Tensor] = []
-        for here, point in nodes:
-            weight = 1.0
-            for other, _ in nodes:
-                if other != here:
-                    weight *= (times[step] - other) / (here - other)
-            parts = [weight * point.delta, weight * point.pred_c]
-            total = [a + b for a, b in zip(total, parts, strict=True)] if total else parts
-        return total[0], total[1]
+
+class _Used(NamedTuple):
+    """An estimate that a step used, with its ``w - 1``; ``is_evaluated``: its pred_c is not estimated."""
+
+    estimate: _Known
+    guidance: float
+    is_evaluated: bool
 
 
 class _Coefficient:

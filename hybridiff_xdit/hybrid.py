@@ -25,11 +25,11 @@ import torch.distributed as dist
 
 from .comm import Comm, Solo, checksum
 from .config import HybridConfig
-from .discrepancy import rel_mae
+from .discrepancy import Trial, rel_mae
 from .executor import Branch, Executor
 from .guidance import RULES, Mixed, Pair
 from .partition import Anatomy, Inputs, map_tensors, read, tensors_of
-from .plan import FULL, PIPELINED, Plan, Policy, StepKind
+from .plan import FULL, PIPELINED, SKIPPED, Plan, Policy, StepKind
 from .policies import make_policy
 from .report import write_report
 from .sampler import Sampler, read_sampler
@@ -43,7 +43,7 @@ class _Unread(NamedTuple):
     """Measurements of a FULL step that are still on the device."""
 
     step: int
-    values: torch.Tensor  # [discrepancy, drifted, errors of the rule's trials ...]
+    values: torch.Tensor  # [discrepancy, drifted, two errors per trial of the rule ...]
     distances: list[float]  # of the trials
     guidance: float
 
@@ -58,9 +58,10 @@ class _Run:
         self.sampler = sampler
         self.kinds: list[StepKind] = []
         self.discrepancy: list[tuple[int, float]] = []
-        self.drift: list[tuple[int, list[tuple[float, float]]]] = []
+        self.trials: list[tuple[int, list[Trial]]] = []
         self.unread: list[_Unread] = []
         self.is_guided = is_guided
+        self.is_known = False  # whether a FULL step lies behind, and the guidance has been on since
 
     def time(self, step: int) -> float:
         """Time of a step, in which boundaries are extrapolated."""
@@ -156,7 +157,7 @@ class _Session:
             return self.forward(*args, **kwargs)
         if not self.pipe.do_classifier_free_guidance:  # a callback has turned the guidance off
             run.kinds.append(FULL)
-            self.executor.is_primed = False
+            self.executor.is_primed = run.is_known = False
             output = self.forward(*args, **kwargs)
         else:
             pred = torch.cat(self._evaluate(run, inputs))  # [2B, C, H, W]
@@ -173,7 +174,9 @@ class _Session:
         step, kind = run.step, run.policy.kind(run.step)
         guidance = float(getattr(self.pipe, "guidance_scale", 2.0)) - 1
         # Guidance that was off for a step leaves nothing to go on from: every rank sees that and evaluates FULL.
-        if kind is PIPELINED and self.executor.is_primed:
+        if kind is SKIPPED and run.is_known:
+            pair = run.rule.skipped(step, guidance)
+        elif kind is PIPELINED and self.executor.is_primed:
             pred = self.executor.pipelined(
                 branches,
                 run.rule.stage0_branch,
@@ -185,10 +188,11 @@ class _Session:
         else:
             kind = FULL
             pred_u, pred_c, drifted = self.executor.full(self.forward, branches, inputs, run.time(step))
-            trials = run.rule.drift(step, pred_u, pred_c) if run.policy.reads_drift else []
-            measured = [rel_mae(pred_u, pred_c), drifted.float(), *(error for _, error in trials)]
-            run.unread.append(_Unread(step, torch.stack(measured), [distance for distance, _ in trials], guidance))
+            trials = run.rule.trials(step, pred_u, pred_c, guidance) if run.policy.reads_trials else []
+            measured = [rel_mae(pred_u, pred_c), drifted.float(), *(error for trial in trials for error in trial[1:])]
+            run.unread.append(_Unread(step, torch.stack(measured), [trial.distance for trial in trials], guidance))
             pair = run.rule.full(step, pred_u, pred_c, guidance)
+            run.is_known = True
             # Reading makes the host wait for the GPU. What the policy needs is read when the next step begins, with the
             # scheduler's kernels queued behind this step's; the rest a FULL step late.
             self._read(run, keep=0 if drifted.device.type == "cpu" else 1)
@@ -211,11 +215,11 @@ class _Session:
                     "apart since the last FULL step: give every rank the same generator seed, scheduler, dtype and "
                     "callbacks."
                 )
-            drift = list(zip(distances, errors, strict=True))
+            trials = list(map(Trial, distances, errors[::2], errors[1::2]))
             run.discrepancy.append((step, discrepancy))
-            run.drift.append((step, drift))
+            run.trials.append((step, trials))
             if run.policy.reads_discrepancy(step):
-                run.policy.observe(step, discrepancy, drift, guidance)
+                run.policy.observe(step, discrepancy, trials, guidance)
 
     # A run.
 
@@ -291,7 +295,7 @@ class _Session:
             "num_steps": run.num_steps,
             "plan": str(plan),
             "discrepancy": [[step, value if value < float("inf") else None] for step, value in run.discrepancy],
-            "drift": [[step, [list(trial) for trial in trials]] for step, trials in run.drift if trials],
+            "trials": [[step, [list(trial) for trial in trials]] for step, trials in run.trials if trials],
             "tau_1": run.policy.tau_1,
             "tau_2": run.policy.tau_2,
             "speedup_bound": plan.speedup_bound(),
@@ -433,10 +437,11 @@ def remove_hybrid(pipe: Any) -> Any:
 def last_report(pipe: Any) -> dict[str, Any] | None:
     """Report of the pipeline's last finished run under `hybrid-cond`; None where there is none.
 
-    Keys: ``model``, ``config``, ``num_steps``, ``plan`` (letters F and P), ``discrepancy`` (list of [step, value], None
-    where it is not finite), ``drift`` (list of [step, [[distance, error], ...]], see `guidance.Mixed.drift`; empty but for
-    the adaptive policy), ``tau_1``, ``tau_2`` (None where the policy has none), ``speedup_bound``, ``bytes_sent``
-    (one count a rank), ``seconds_per_step`` (None where not measured), ``world_size``, ``versions``.
+    Keys: ``model``, ``config``, ``num_steps``, ``plan`` (letters F, P and S), ``discrepancy`` (list of [step, value],
+    None where it is not finite), ``trials`` (list of [step, [[distance, pipelined, skipped], ...]], see
+    `discrepancy.Trial`; empty but for the adaptive policy), ``tau_1``, ``tau_2`` (None where the policy has none),
+    ``speedup_bound``, ``bytes_sent`` (one count a rank), ``seconds_per_step`` (None where not measured),
+    ``world_size``, ``versions``.
     """
     session = getattr(pipe, _SESSION, None)  # xDiT's wrapper of a pipeline hands the question on
     return None if session is None else session.report

@@ -1,7 +1,7 @@
 """Which kind is step i? Phases, step kinds, policies, and the plan as data that prints and parses back.
 
 A *step* is one denoiser evaluation. A *plan* is the list of step kinds of one run, written as a string with one
-letter a step (``FFFPPF``), or printed as a grid with one row a step and one column a rank.
+letter a step (``FFFPSF``), or printed as a grid with one row a step and one column a rank.
 """
 
 import re
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol
 
-from .discrepancy import SlopeDetector
+from .discrepancy import SlopeDetector, Trial
 from .sampler import Sampler
 
 
@@ -19,17 +19,21 @@ class StepKind(str, Enum):
 
     FULL = "F"  #: both branches are evaluated, one per rank
     PIPELINED = "P"  #: one evaluation of the network in total, its layers split over the ranks
+    SKIPPED = "S"  #: none: both predictions are estimated from FULL steps before it
 
 
 class Phase(str, Enum):
     """Where a step lies in the run (arXiv 2602.21760, section 4.1)."""
 
-    WARM_UP = "WARM_UP"  #: before the first PIPELINED step
-    PARALLELISM = "PARALLELISM"  #: from the first to the last PIPELINED step
+    WARM_UP = "WARM_UP"  #: before the first step that is not FULL
+    PARALLELISM = "PARALLELISM"  #: from the first to the last step that is not FULL
     FULLY_CONNECTING = "FULLY_CONNECTING"  #: after it
 
 
-FULL, PIPELINED = StepKind.FULL, StepKind.PIPELINED
+FULL, PIPELINED, SKIPPED = StepKind
+
+#: The kinds that a policy which chooses may use, where the user does not say.
+DEFAULT_KINDS = "FPS"
 
 
 class Row(NamedTuple):
@@ -54,16 +58,18 @@ class Plan(tuple[StepKind, ...]):
         """Read a plan from letters, or from an interval pattern.
 
         Args:
-            text: one letter F or P a step, or ``START-END/GAP``: from step START up to (not including) END every
-                GAP-th step is FULL, the rest PIPELINED; ``8-48/2`` has step 8 PIPELINED, 9 FULL, ... 47 FULL.
+            text: one letter F, P or S a step, or ``START-END/GAP``: from step START up to (not including) END every
+                GAP-th step is FULL, the rest PIPELINED; ``8-48/2`` has step 8 PIPELINED, 9 FULL, ... 47 FULL. With
+                an S at its end (``8-48/2S``) the rest is SKIPPED.
             num_steps: length of the run. Letters must have this length; a pattern needs it.
 
         Raises:
             ValueError: with the flag and the mend, when the text cannot be read or does not fit the run.
         """
-        mend = "Give --hybrid_plan one letter F or P a step, or START-END/GAP such as 8-48/2."
-        if match := re.fullmatch(r"(\d+)-(\d+)/(\d+)", text):
-            start, end, gap = map(int, match.groups())
+        mend = "Give --hybrid_plan one letter F, P or S a step, or START-END/GAP such as 8-48/2 or 8-48/2S."
+        if match := re.fullmatch(r"(\d+)-(\d+)/(\d+)([PS]?)", text):
+            start, end, gap = map(int, match.groups()[:3])
+            rest = StepKind(match[4] or "P")
             if not 1 <= start < end or gap < 2:
                 raise ValueError(
                     f"plan={text!r}: needs 1 <= START < END and GAP >= 2, since the first step is FULL and "
@@ -74,10 +80,10 @@ class Plan(tuple[StepKind, ...]):
             if end > num_steps:
                 raise ValueError(f"plan={text!r}: END is {end}, but the run has only {num_steps} steps. {mend}")
             steps = range(num_steps)
-            pipelined = {i for i in range(start, end) if (i - start) % gap != gap - 1}
-            return cls(PIPELINED if i in pipelined else FULL for i in steps)
-        if not re.fullmatch(r"[FP]+", text):
-            raise ValueError(f"plan={text!r} is neither letters F and P nor a pattern. {mend}")
+            between = {i for i in range(start, end) if (i - start) % gap != gap - 1}
+            return cls(rest if i in between else FULL for i in steps)
+        if not re.fullmatch(r"[FPS]+", text):
+            raise ValueError(f"plan={text!r} is neither letters F, P and S nor a pattern. {mend}")
         if text[0] != "F":
             raise ValueError(f"plan={text!r}: the first step must be F, since nothing is known before it. {mend}")
         if num_steps is not None and len(text) != num_steps:
@@ -85,15 +91,18 @@ class Plan(tuple[StepKind, ...]):
         return cls(StepKind(letter) for letter in text)
 
     def speedup_bound(self) -> float:
-        """Bound of the speed-up over one GPU on two: ``2T / (T - n_p / 2)``, ``n_p`` the PIPELINED steps."""
-        return 2 * len(self) / (len(self) - self.count(PIPELINED) / 2)
+        """Bound of the speed-up over one GPU on two: ``2T / (T - n_p / 2 - n_s)``.
+
+        ``n_p`` and ``n_s`` are the PIPELINED and the SKIPPED steps; the one GPU evaluates every step.
+        """
+        return 2 * len(self) / (len(self) - self.count(PIPELINED) / 2 - self.count(SKIPPED))
 
     def phase(self, step: int) -> Phase:
         """Phase of a step."""
-        pipelined = [i for i, kind in enumerate(self) if kind is PIPELINED]
-        if not pipelined or step < pipelined[0]:
+        estimated = [i for i, kind in enumerate(self) if kind is not FULL]
+        if not estimated or step < estimated[0]:
             return Phase.WARM_UP
-        return Phase.PARALLELISM if step <= pipelined[-1] else Phase.FULLY_CONNECTING
+        return Phase.PARALLELISM if step <= estimated[-1] else Phase.FULLY_CONNECTING
 
     def rows(self) -> list[Row]:
         """The plan, a row a step. A stage 0 that no later step reads is not evaluated: its rank shows ``-``."""
@@ -103,6 +112,8 @@ class Plan(tuple[StepKind, ...]):
             if kind is PIPELINED:
                 is_read = i + 1 < len(self) and self[i + 1] is PIPELINED
                 work = ("stage0" if is_read else "-", "stage1")
+            elif kind is SKIPPED:
+                work = ("-", "-")
             rows.append(Row(i, self.phase(i), kind, work))
         return rows
 
@@ -170,13 +181,13 @@ class Policy(Protocol):
     """Answers "what kind is step i?" from what has been measured so far, the same on every rank.
 
     Attributes:
-        tau_1: first step of the PIPELINED window; None for "not yet" or "this policy has none".
-        tau_2: first step after it.
-        reads_drift: whether `observe` reads the drift.
+        tau_1: first step that is not FULL; None for "not yet" or "this policy has none".
+        tau_2: first step after the last such.
+        reads_trials: whether `observe` reads the trials.
         sampler: of the run, for a policy that reads it.
     """
 
-    reads_drift: bool
+    reads_trials: bool
     sampler: Sampler | None
 
     @property
@@ -188,12 +199,12 @@ class Policy(Protocol):
     def reads_discrepancy(self, step: int) -> bool:
         """Whether the discrepancy of FULL step ``step`` decides anything (reading it makes a GPU's host wait)."""
 
-    def observe(self, step: int, discrepancy: float, drift: list[tuple[float, float]], guidance: float) -> None:
+    def observe(self, step: int, discrepancy: float, trials: Sequence[Trial] = (), guidance: float = 1.0) -> None:
         """Take what FULL step ``step`` measured.
 
         Args:
             discrepancy: M.
-            drift: what the guidance rule's estimate would have missed there, see `guidance.Mixed.drift`.
+            trials: what the guidance rule's estimates would have missed there.
             guidance: ``w - 1``.
         """
 
@@ -204,7 +215,7 @@ class Policy(Protocol):
 class FixedPolicy:
     """The plan that the user gave, whatever is measured."""
 
-    reads_drift = False
+    reads_trials = False
     sampler: Sampler | None = None
     tau_1: int | None = None
     tau_2: int | None = None
@@ -215,7 +226,7 @@ class FixedPolicy:
     def reads_discrepancy(self, step: int) -> bool:
         return False
 
-    def observe(self, step: int, discrepancy: float, drift: list[tuple[float, float]], guidance: float) -> None:
+    def observe(self, step: int, discrepancy: float, trials: Sequence[Trial] = (), guidance: float = 1.0) -> None:
         pass
 
     def kind(self, step: int) -> StepKind:
@@ -232,7 +243,7 @@ class PaperPolicy:
         ValueError: the window does not fit the run (``tau_cap + k > num_steps``).
     """
 
-    reads_drift = False
+    reads_trials = False
     sampler: Sampler | None = None
 
     def __init__(self, num_steps: int, constants: PaperConstants) -> None:
@@ -254,7 +265,7 @@ class PaperPolicy:
         # The last step before the cap decides nothing: the window starts after it in any case.
         return self.tau_1 is None and step + 1 < self.constants.tau_cap
 
-    def observe(self, step: int, discrepancy: float, drift: list[tuple[float, float]], guidance: float) -> None:
+    def observe(self, step: int, discrepancy: float, trials: Sequence[Trial] = (), guidance: float = 1.0) -> None:
         if self._detector.update(step, discrepancy):
             self.tau_1 = step + 1
 

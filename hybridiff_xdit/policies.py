@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .adaptive import AdaptivePolicy
-from .plan import FULL, PAPER_PRESETS, FixedPolicy, PaperConstants, PaperPolicy, Plan, Policy
+from .plan import DEFAULT_KINDS, FULL, PAPER_PRESETS, FixedPolicy, PaperConstants, PaperPolicy, Plan, Policy
 from .sampler import Sampler
 
 if TYPE_CHECKING:
@@ -38,7 +38,9 @@ def make_policy(config: HybridConfig, num_steps: int, family: str, sampler: Samp
         return FixedPolicy(Plan.parse(config.plan or "", num_steps))
     if config.policy == "adaptive":
         assert sampler is not None
-        return AdaptivePolicy(sampler, tolerance=config.tolerance, speedup=config.speedup)
+        return AdaptivePolicy(
+            sampler, tolerance=config.tolerance, speedup=config.speedup, kinds=config.kinds or DEFAULT_KINDS
+        )
     preset = vars(PAPER_PRESETS[family].scaled(num_steps))
     given = {name: value for name, value in config.paper_constants().items() if value is not None}
     return PaperPolicy(num_steps, PaperConstants(**{**preset, **given}))

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .plan import FULL, Phase, Plan
+from .plan import Phase, Plan, StepKind
 
 #: Colour of each kind of work in the plan's picture, and of each phase behind the curve.
 _COLOURS = {"uncond": "#4c72b0", "cond": "#dd8452", "stage0": "#55a868", "stage1": "#8172b3", "-": "#eeeeee"}
@@ -52,7 +52,7 @@ def _draw(report: dict[str, Any], path: Path) -> None:
     config = report["config"]
     curve.set_title(
         f"{report['model']}: policy {config['policy']}, guidance {config['guidance']}, "
-        f"{plan.count(FULL)} FULL + {len(plan) - plan.count(FULL)} PIPELINED steps, "
+        f"{' + '.join(f'{plan.count(kind)} {kind.name}' for kind in StepKind if kind in plan)} steps, "
         f"speed-up bound {report['speedup_bound']:.2f}",
         fontsize=10,
     )

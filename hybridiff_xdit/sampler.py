@@ -92,7 +92,7 @@ def _read(key: _Key) -> Sampler:
 def _respond(
     scheduler: Any, run: tuple[float, ...], impulse: float, extra: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run a copy over ``run`` on as many samples as steps, the i-th of which is predicted ``impulse`` at step i, else 0.
+    """Run a copy over ``run`` on as many samples as steps; the i-th is predicted ``impulse`` at step i, else 0.
 
     Returns:
         The final samples, and of each sample the denoiser's input after its impulse; float64, [T] each.

@@ -40,11 +40,11 @@ _EXCLUDED_FLAGS = (
 _HYBRID_OPTIONS: dict[str, dict[str, Any]] = {
     "policy": {
         "choices": list(POLICIES),
-        "help": "which steps are PIPELINED (default: adaptive, or fixed with --hybrid_plan)",
+        "help": "which steps are not FULL (default: adaptive, or fixed with --hybrid_plan)",
     },
     "guidance": {
         "choices": list(RULES),
-        "help": "what stands for the guidance on a PIPELINED step (default: mixed with paper, else deferred)",
+        "help": "what stands for the guidance where it is not evaluated (default: mixed with paper, else deferred)",
     },
     "tolerance": {
         "type": float,
@@ -56,6 +56,10 @@ _HYBRID_OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "S",
         "help": "for 'adaptive', in place of the tolerance: bound of the speed-up over one GPU to reach, such as 2.5",
     },
+    "kinds": {
+        "choices": ["FPS", "FP", "FS"],
+        "help": "for 'adaptive': kinds of step that it may use (F: FULL, P: PIPELINED, S: SKIPPED; default: FPS)",
+    },
     "interval": {
         "type": int,
         "metavar": "K",
@@ -64,7 +68,7 @@ _HYBRID_OPTIONS: dict[str, dict[str, Any]] = {
     "slope_window": {"type": int, "metavar": "L", "help": "steps over which the discrepancy's fall is measured"},
     "slope_threshold": {"type": float, "metavar": "G", "help": "fall per step at which the window starts"},
     "tau_cap": {"type": int, "metavar": "STEP", "help": "the latest step at which the window starts"},
-    "plan": {"metavar": "PLAN", "help": "for 'fixed': F or P a step, or START-END/GAP such as 8-48/2"},
+    "plan": {"metavar": "PLAN", "help": "for 'fixed': F, P or S a step, or START-END/GAP such as 8-48/2, 8-48/2S"},
     "stages": {"type": int, "metavar": "N", "help": "stages of a PIPELINED step"},
     "report": {"metavar": "DIR", "help": "write report.json and report.png there"},
 }
