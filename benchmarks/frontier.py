@@ -25,13 +25,14 @@ from quality import PROMPTS, SHOWN
 
 Row = dict[str, Any]
 
-BOUNDS = (2.05, 2.1, 2.2, 2.3, 2.4, 2.5, 2.6, 2.7, 2.8, 2.85, 3.0)
+BOUNDS = (2.05, 2.1, 2.2, 2.3, 2.4, 2.5, 2.6, 2.7, 2.8, 2.85, 3.0, 3.5, 4.0)
 OURS, FEWER = "ours, target", "fewer plain steps"
 
 #: Curve: (label, colour, marker, line). Ours and the baseline are drawn with their 5th percentile.
 STYLES = {
     OURS: ("ours, by target", "tab:blue", "o", "-"),
     "ours, tolerance": ("ours, by tolerance", "tab:blue", "D", "--"),
+    "ours, target, FP only": ("ours, nothing SKIPPED", "tab:green", "v", "-"),
     "ours, fixed": ("ours, fixed pattern", "tab:cyan", "s", ""),
     FEWER: ("fewer plain steps", "black", "o", "-"),
     "fixed, reuse": ("reuse, fixed pattern", "tab:olive", "s", ""),
@@ -94,7 +95,9 @@ def pair(value: float | None, percentile: float | None) -> str:
 def main_table(rows: list[Row]) -> str:
     """Ours beside fewer plain steps and the published rule at equal bounds."""
     ours, plain, paper = (curve(rows, name) for name in (OURS, FEWER, "paper"))
-    table = [["speed-up bound", "ours", "fewer plain steps", "ours - fewer", "paper (mixed)"]]
+    names = zip(("ours", "fewer plain steps", "paper (mixed)"), (ours, plain, paper), strict=True)
+    a, b, c = (f"{name}{where_else(rows, points)}" for name, points in names)
+    table = [["speed-up bound", a, b, "ours - fewer", c]]
     for bound in BOUNDS:
         a, b = at(ours, bound, mean), at(plain, bound, mean, best=True)
         table.append(
@@ -144,6 +147,8 @@ def all_table(rows: list[Row]) -> str:
     further = [name for name in ("lpips", "fid", "clip") if any(name in row for row in rows)]
     head = [
         "strategy",
+        "prompts",
+        "device",
         "bound",
         "PSNR dB, mean (p5)",
         "SSIM",
@@ -155,6 +160,8 @@ def all_table(rows: list[Row]) -> str:
     for row in rows:
         name = f"{row['curve']} {'' if row['parameter'] is None else row['parameter']}".strip()
         figures = [
+            str(row["prompts"]),
+            row["device"],
             f"{row['bound']:.3f}",
             pair(*row["psnr"]) if "psnr" in row else "",
             *(f"{row[key]:.5f}" if key in row else "" for key in ("ssim", "frechet", "frechet_training")),
@@ -186,8 +193,8 @@ def cell_name(row: Row) -> str:
 
 def text(model: str, rows: list[Row], main: str) -> str:
     """The whole of ``frontier_MODEL.md``."""
-    within = [row for row in rows if row["cell"] == main]
-    first = next((row for row in within if row["curve"] == "one GPU"), within[0])
+    within = measured(rows, main)
+    first = within[0]
     parts = [
         f"# {model}: speed-up bound against closeness to the one-GPU pictures\n",
         f"{first['device']}, torch {first['torch']}, diffusers {first['diffusers']}, transformers "
@@ -197,7 +204,7 @@ def text(model: str, rows: list[Row], main: str) -> str:
         "percentile; a picture that is the same bit for bit counts as 100 dB. Between measured bounds the line "
         "between the neighbours is read; for fewer plain steps a faster row instead, where that is closer.\n",
         f"## Equal bounds: {cell_name(first)}\n",
-        main_table(within),
+        main_table(within + borrowed(rows, main)),
         "## Tolerances\n",
         "Bound: PSNR, and its difference to fewer plain steps at the same bound.\n",
         grid_table(rows),
@@ -212,11 +219,28 @@ def text(model: str, rows: list[Row], main: str) -> str:
     return "\n".join(parts)
 
 
+def measured(rows: list[Row], main: str) -> list[Row]:
+    """The main cell's rows with the most prompts, the reference first."""
+    within = [row for row in rows if row["cell"] == main]
+    most = max(row["prompts"] for row in within)
+    return sorted((row for row in within if row["prompts"] == most), key=lambda row: row["curve"] != "one GPU")
+
+
 def borrowed(rows: list[Row], main: str) -> list[Row]:
-    """Rows of curves that the main cell has none of, from the cell that differs in being float16."""
-    own = {row["curve"] for row in rows if row["cell"] == main}
+    """Rows of curves that `measured` has none of: with fewer prompts, or else from the cell in float16."""
+    own = {row["curve"] for row in measured(rows, main)}
+    fewer = [row for row in rows if row["cell"] == main and row["curve"] not in own]
+    own |= {row["curve"] for row in fewer}
     twin = f"{main.rpartition('-')[0]}-float16"
-    return [row for row in rows if row["cell"] == twin and row["curve"] not in own]
+    return fewer + [row for row in rows if row["cell"] == twin and row["curve"] not in own]
+
+
+def where_else(rows: list[Row], points: list[Row]) -> str:
+    """What sets a curve's rows apart from the first of ``rows``, for its label."""
+    first = points[0] if points else rows[0]
+    apart = [SHORT[first["dtype"]]] if first["dtype"] != rows[0]["dtype"] else []
+    apart += [f"{first['prompts']} prompts"] if first["prompts"] != rows[0]["prompts"] else []
+    return f" ({', '.join(apart)})" if apart else ""
 
 
 # Plots.
@@ -233,8 +257,7 @@ def frontier(axes: Axes, rows: list[Row]) -> None:
         x, y = [row["bound"] for row in points], [mean(row) for row in points]
         top = max([top, *(mean(row) for row in points if row["bound"] > 2)])
         is_main = name in (OURS, FEWER)
-        if points[0]["dtype"] != rows[0]["dtype"]:
-            label += f" ({SHORT[points[0]['dtype']]})"
+        label += where_else(rows, points)
         axes.plot(
             x,
             y,
@@ -251,7 +274,7 @@ def frontier(axes: Axes, rows: list[Row]) -> None:
             axes.fill_between(x, y, percentiles, color=colour, alpha=0.08, lw=0)
         if line:
             ends.append((x[-1], y[-1], label, colour))
-    axes.set(xlim=(1.98, 3.4), xlabel="speed-up bound over one GPU", ylabel="PSNR to the one-GPU picture, dB")
+    axes.set(xlim=(1.98, 4.8), xlabel="speed-up bound over one GPU", ylabel="PSNR to the one-GPU picture, dB")
     axes.set_ylim(top=top + 3)
     _label_ends(axes, ends)
     axes.plot([], [], ":", color="grey", label="5th percentile of ours and of fewer steps")
@@ -296,7 +319,7 @@ def tolerances(axes: Axes, rows: list[Row]) -> None:
 
 
 def plot(model: str, rows: list[Row], main: str, path: Path) -> None:
-    within = [row for row in rows if row["cell"] == main]
+    within = measured(rows, main)
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 6.2), width_ratios=(1.5, 1), layout="constrained")
     frontier(left, within + borrowed(rows, main))
     left.set_title(f"{model}: {cell_name(within[0])}, {within[0]['prompts']} prompts")

@@ -9,8 +9,8 @@ off goes on where it stopped, when it is started again with the same file. ``--c
 patterns, and rows are done in the order of the patterns; ``--list`` shows them.
 
 A *cell* is (steps, guidance scale, solver, dtype): its reference is the plain pipeline in the same dtype. A *curve* is
-a strategy with one parameter. The speed-up bound is ``2T / (T - n_p / 2)``, for n plain steps in place of T it is
-``2T / n``; an adaptive plan belongs to a call, so the bound is a mean over the batches.
+a strategy with one parameter. The speed-up bound is that of the plan (`Plan.speedup_bound`), for n plain steps in place
+of T it is ``2T / n``; an adaptive plan belongs to a call, so the bound is a mean over the batches.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ from hybridiff_xdit.plan import PAPER_PRESETS
 
 PROMPTS = Path(__file__).parent / "models" / "prompts.txt"
 SHOWN = (15, 16, 45, 47)  # prompts whose pictures are kept for the strip
-TOLERANCES = tuple(TOLERANCE * factor for factor in (0.25, 0.5, 1, 2, 4))
-SPEEDUPS = (2.05, 2.1, 2.2, 2.3, 2.5, 2.7, 2.85, 3.0)
-FEWER = (49, 48, 45, 43, 40, 37, 35, 33)  # plain steps in place of 50
+TOLERANCES = tuple(TOLERANCE * factor for factor in (0.5, 1, 2, 4, 8))
+SPEEDUPS = (2.05, 2.2, 2.35, 2.5, 2.7, 2.85, 3.0, 3.5, 4.0)
+UNSKIPPED = (2.05, 2.3, 2.5, 2.7, 2.85)  # targets where no step may be SKIPPED
+FEWER = (49, 48, 45, 42, 40, 37, 35, 33, 28, 25)  # plain steps in place of 50
 WINDOWS = (1, 2, 5, 10, 20, 30)  # k of the published rule
-PATTERNS = ("8-48/2", "8-47/3")
+PATTERNS = ("8-48/2", "8-47/3", "10-40/2S", "10-40/3S")
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,10 @@ def fewer(steps: Iterable[int], shown: int | None = None) -> list[Point]:
     return [Point("fewer plain steps", n, Plain(n), n == shown) for n in steps]
 
 
-def targets(speedups: Iterable[float], shown: float | None = None) -> list[Point]:
-    configs = ((s, HybridConfig(policy="adaptive", speedup=s)) for s in speedups)
-    return [Point("ours, target", s, config, s == shown) for s, config in configs]
+def targets(speedups: Iterable[float], shown: float | None = None, kinds: str = "FPS") -> list[Point]:
+    configs = ((s, HybridConfig(policy="adaptive", speedup=s, kinds=kinds)) for s in speedups)
+    curve = "ours, target" if kinds == "FPS" else f"ours, target, {kinds} only"
+    return [Point(curve, s, config, s == shown) for s, config in configs]
 
 
 def tolerances(values: Iterable[float], shown: float | None = None) -> list[Point]:
@@ -151,11 +153,12 @@ def study(family: str) -> list[tuple[Cell, Point]]:
     work = [
         (main, one_gpu(main) + targets(SPEEDUPS, shown=2.85) + fewer(FEWER, shown=35)),
         (main, tolerances(TOLERANCES, shown=TOLERANCE) + paper(family, main, (5, 30))),
+        (main, targets(UNSKIPPED, kinds="FP")),
         (half, [*one_gpu(half), cap, *every_full()]),
-        (half, tolerances(TOLERANCES, shown=TOLERANCE) + targets((2.1, 2.5, 2.85, 3.0), shown=2.85)),
-        (half, fewer((48, 43, 40, 35, 33), shown=35) + paper(family, half, (5, 30))),
+        (half, tolerances(TOLERANCES, shown=TOLERANCE) + targets(SPEEDUPS, shown=2.85)),
+        (half, fewer(FEWER, shown=35) + paper(family, half, (5, 30))),
         (brain, [*one_gpu(brain), cap, *every_full()]),
-        (brain, tolerances([TOLERANCE]) + targets((2.1, 2.5, 2.85)) + fewer((48, 40, 35))),
+        (brain, tolerances([TOLERANCE]) + targets((2.5, 2.85)) + fewer((40, 35))),
         (half, others),  # the plot takes them from here as long as the main cell has none
         *((cell, grid_points(cell)) for cell in grid() if cell != half),
         (main, every_full() + others),
@@ -175,8 +178,8 @@ def grid() -> list[Cell]:
 
 
 def grid_points(cell: Cell) -> list[Point]:
-    steps = [round(2 * cell.steps / bound) for bound in (2.1, 2.4, 2.8)]
-    return one_gpu(cell) + tolerances(TOLERANCES[1:4]) + fewer(steps)
+    steps = [round(2 * cell.steps / bound) for bound in (2.1, 2.7, 3.4, 4.2)]
+    return one_gpu(cell) + tolerances(TOLERANCES[:4]) + fewer(steps)
 
 
 def quick(family: str) -> list[tuple[Cell, Point]]:
@@ -229,7 +232,7 @@ class Studio:
                     pictures = pipe(
                         num_inference_steps=steps,
                         guidance_scale=cell.guidance,
-                        generator=[torch.Generator().manual_seed(i) for i in range(start, stop)],
+                        latents=_noise(pipe, start, stop),
                         output_type="pt",
                         **{name: tensor[start:stop] for name, tensor in embeds.items()},
                     ).images
@@ -259,6 +262,15 @@ class Studio:
         pipe, scheduler, embeds = self._pipes[cell.dtype]
         pipe.scheduler = scheduler if cell.solver == "first" else _second_order(pipe, scheduler)
         return pipe, embeds
+
+
+def _noise(pipe: Any, start: int, stop: int) -> Tensor:
+    """Noise of the prompts, [N, C, H, W]: drawn in float32, because the generator's stream depends on the dtype."""
+    denoiser = pipe.transformer if _is_mmdit(pipe) else pipe.unet
+    side = denoiser.config.sample_size
+    shape = (1, denoiser.config.in_channels, side, side)
+    noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(start, stop)])
+    return noise.to(pipe.device, denoiser.dtype)
 
 
 def _is_mmdit(pipe: Any) -> bool:

@@ -28,20 +28,18 @@ scheduler and the number of steps; the root is how much of it the picture keeps,
 (measured likewise).
 
 **Controller.** Forwards should be saved where that costs least: the sum of :math:`E^2` (errors of groups are
-independent) is to be least for what is saved. So there is one price for all of them, and a group has the kind and the
-length that minimise its net cost per step,
+independent) is to be least for what is saved. So there is one price :math:`\lambda` for all of them, and a group has
+the kind and the length that minimise its net cost per step,
 
-.. math:: \min_{n \ge 1,\ \mathrm{kind}} \frac{1}{n} \left( \frac{T}{\tau^2} E(n)^2 - S(n) \right), \qquad
+.. math:: \min_{n \ge 1,\ \mathrm{kind}} \frac{\lambda E(n)^2 - S(n)}{n}, \qquad
           S(n) = \tfrac{n - 1}{2} \text{ or } n - 1 \text{ forwards saved.}
 
-:math:`\tau` is the tolerance: the error at which a saving of all T forwards would be too dear.
-:math:`n = 1` everywhere while the predictions change fast is the warm-up (tau_1 falls out of it), and so is the dense
-end. The last step of a run is FULL, so that no debt of the guidance is left.
-
-**Target.** With a target speed-up the saving is given and the price is not: on every FULL step the price is the one at
-which the rest of the run, forecast by the present laws, saves what is left to save. If :math:`k / s` has fallen since
-step :math:`i / 2`, it is expected to fall as much again by step :math:`2 i`, so that a run does not start to save while
-waiting is cheaper. Nothing but the run's own past is used.
+On every FULL step the price is set anew, such that the rest of the run, forecast by the present laws, spends what is
+left to spend: with a tolerance :math:`\tau`, an error of :math:`\sum E^2 = \tau^2` over the run; with a target
+speed-up, the forwards to save. If :math:`k / s` has fallen since step :math:`i / 2`, it is expected to fall as much
+again by step :math:`2 i`, so that a run does not start to save while waiting is cheaper. Nothing but the run's own past
+is used. :math:`n = 1` everywhere while the predictions change fast is the warm-up (tau_1 falls out of it), and so is
+the dense end. The last step of a run is FULL, so that no debt of the guidance is left.
 """
 
 from __future__ import annotations
@@ -73,8 +71,11 @@ class _Law(NamedTuple):
 
 
 class _Group(NamedTuple):
+    """A FULL step and ``length - 1`` steps of a kind after it; ``error`` is its E^2."""
+
     kind: StepKind
     length: int
+    error: float = 0.0
 
     @property
     def saving(self) -> float:
@@ -89,7 +90,7 @@ class AdaptivePolicy:
 
     Args:
         sampler: of the run; its length is the number of steps.
-        tolerance: tau, in the discrepancy's norm.
+        tolerance: tau, the error allowed over the run, in the discrepancy's norm.
         speedup: target of the bound of the speed-up, in place of the tolerance.
         kinds: letters of the kinds that the policy may use.
 
@@ -109,14 +110,14 @@ class AdaptivePolicy:
     ) -> None:
         self.sampler: Sampler | None = sampler
         self.num_steps = len(sampler.times)
-        self.tolerance = tolerance
-        self.budget: float | None = None  # forwards to save yet
+        self.error_left = None if tolerance is None else tolerance**2  # sum of E^2 to spend yet
+        self.saving_left: float | None = None  # forwards to save yet, with a target
         self._saves = {kind: saving for kind, saving in SAVES.items() if kind.value in kinds}
         if speedup is not None:
-            self.budget = self.num_steps - 2 * self.num_steps / speedup
-            groups, rest = divmod(max(self.num_steps - 4, 0), LONGEST_GROUP)
+            self.saving_left = self.num_steps - 2 * self.num_steps / speedup
+            groups, rest = divmod(max(self.num_steps - 5, 0), LONGEST_GROUP)
             most = (groups * (LONGEST_GROUP - 1) + max(rest - 1, 0)) * max(self._saves.values(), default=0.0)
-            if not 0 <= self.budget <= most:
+            if not 0 <= self.saving_left <= most:
                 best = 2 * self.num_steps / (self.num_steps - most)
                 raise ValueError(
                     f"speedup={speedup} (--hybrid_speedup): {self.num_steps} steps allow 2 to {best:.2f}. Lower it, or "
@@ -154,8 +155,10 @@ class AdaptivePolicy:
         if self._group.length > 1:
             self._first = step + 1 if self._first is None else self._first
             self._last = self._next_full - 1
-            if self.budget is not None:
-                self.budget -= self._group.saving
+            if self.saving_left is not None:
+                self.saving_left -= self._group.saving
+            elif self.error_left is not None:
+                self.error_left = max(0.0, self.error_left - self._group.error)
 
     def kind(self, step: int) -> StepKind:
         return self._group.kind if step < self._next_full else FULL
@@ -179,37 +182,40 @@ class AdaptivePolicy:
 
     def _choose(self, step: int, guidance: float) -> _Group:
         """The group that begins with FULL step ``step``."""
-        laws = self._laws[step]
-        if self.budget is None:
-            assert self.tolerance is not None
-            return self._best(step, laws, guidance, self.num_steps / self.tolerance**2)
         half = max((known for known in self._measured if known <= step / 2), default=None)
-        if half is None or self.budget <= 0:
+        if half is None or self._is_enough(0.0, 0.0):
             return _ALONE
-        # The dearest price that still saves enough: bisected over its logarithm.
+        # The dearest price at which the rest of the run spends enough: bisected over its logarithm.
         low, high = -20.0, 40.0
         for _ in range(40):
             middle = (low + high) / 2
-            saves = self._forecast(step, half, guidance, math.exp(middle)) >= self.budget
-            low, high = (middle, high) if saves else (low, middle)
-        group = self._best(step, laws, guidance, math.exp(low))
-        left = math.ceil(self.budget / SAVES[group.kind] - 1e-9)  # the target is reached, not missed by a step
+            is_enough = self._is_enough(*self._forecast(step, half, guidance, math.exp(middle)))
+            low, high = (middle, high) if is_enough else (low, middle)
+        if self.saving_left is None:
+            return self._best(step, self._laws[step], guidance, math.exp(high))  # the tolerance is not exceeded
+        group = self._best(step, self._laws[step], guidance, math.exp(low))
+        left = math.ceil(self.saving_left / SAVES[group.kind] - 1e-9)  # the target is reached, not missed by a step
         return group._replace(length=min(group.length, left + 1))
 
-    def _forecast(self, now: int, half: int, guidance: float, price: float) -> float:
-        """Forwards saved from FULL step ``now`` to the end at this price, as far as the laws since ``half`` tell."""
+    def _is_enough(self, saving: float, error: float) -> bool:
+        """Whether a rest of the run that saves and errs so much spends what is left."""
+        if self.saving_left is not None:
+            return saving >= self.saving_left
+        return self.error_left is not None and error >= self.error_left
+
+    def _forecast(self, now: int, half: int, guidance: float, price: float) -> tuple[float, float]:
+        """(forwards saved, sum of E^2) from FULL step ``now`` to the end at this price, by the laws since ``half``."""
         laws = self._laws[now]
         falls = {kind: _fall(self._measured, half, now, kind) for kind in laws}
-        saved, step = 0.0, now
+        saved, error, step = 0.0, 0.0, now
         while step < self.num_steps - 1:
             ahead = {}
             for kind, law in laws.items():
                 share = min(2.0, step / now) ** falls[kind]
                 ahead[kind] = _Law(law.drift * share, law.noise * share)
             group = self._best(step, ahead, guidance, price)
-            saved += group.saving
-            step += group.length
-        return saved
+            saved, error, step = saved + group.saving, error + group.error, step + group.length
+        return saved, error
 
     def _best(self, step: int, laws: dict[StepKind, _Law], guidance: float, price: float) -> _Group:
         """The group with the least net cost per step: ``(price E(n)^2 - S(n)) / n``."""
@@ -227,7 +233,7 @@ class AdaptivePolicy:
                 noise += weight**2 * law.noise
                 net = (price * (drift**2 + noise) - saves * (n - 1)) / n
                 if net < least:
-                    least, best = net, _Group(kind, n)
+                    least, best = net, _Group(kind, n, drift**2 + noise)
         return best
 
 

@@ -11,7 +11,7 @@ from .policies import POLICIES
 _PAPER_ONLY = ("interval", "slope_window", "slope_threshold", "tau_cap")
 
 #: Tolerance of the adaptive policy where none is given: the study in benchmarks/results/ says what it means.
-TOLERANCE = 0.02
+TOLERANCE = 0.005
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class HybridConfig:
             PIPELINED window, as published) or ``fixed`` (`plan`). Default: ``fixed`` if a plan is given, else
             ``adaptive``.
         tolerance: for ``adaptive``: the guidance error allowed over the run, in the discrepancy's norm
-            (`adaptive`). Default 0.02.
+            (`adaptive`). Default 0.005.
         speedup: for ``adaptive``, in place of the tolerance: the bound of the speed-up to reach, 2 or more.
         kinds: for ``adaptive``: letters of the kinds of step that it may use: ``FPS``, ``FP`` or ``FS``. Default
             ``FPS``.

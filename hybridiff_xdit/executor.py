@@ -133,7 +133,6 @@ class Executor:
         else:
             pred = torch.empty_like(self._prediction)
         self._incoming_time = time
-        self.is_primed = hand_over
         return self.comm.broadcast(pred, stage1)
 
     def drain(self) -> None:

@@ -17,6 +17,8 @@ The number on an edge is the **age in steps of the boundary** that crosses there
   (counted for SDXL at 1024 px: 10% of a forward's FLOPs, against 1.3 MB in fp16).
 * On the first PIPELINED step after a FULL one, the age-1 boundary is the one that rank 1 made itself on the FULL step,
   with the cond embeddings; none is sent.
+* SKIPPED steps make no boundary: it is as many steps older as they are. Where the guidance rule extrapolates,
+  stage 1 reads the straight line through its last two boundaries, at its own time.
 
 The nesting of a U-Net is cut where the inner part reads inner skips only, so that one tensor crosses each way.
 """
