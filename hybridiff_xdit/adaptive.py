@@ -39,7 +39,7 @@ left to spend: with a tolerance :math:`\tau`, an error of :math:`\sum E^2 = \tau
 speed-up, the forwards to save. If :math:`k / s` has fallen since step :math:`i / 2`, it is expected to fall as much
 again by step :math:`2 i`, so that a run does not start to save while waiting is cheaper. Nothing but the run's own past
 is used. :math:`n = 1` everywhere while the predictions change fast is the warm-up (tau_1 falls out of it), and so is
-the dense end. The last step of a run is FULL, so that no debt of the guidance is left.
+the dense end. A group ends on a FULL step that can pay its debt (`Sampler.carries`): the last step of a run is FULL.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .discrepancy import Trial
+from .discrepancy import Trial, check_finite
 from .plan import FULL, PIPELINED, SKIPPED, StepKind
 from .sampler import Sampler
 
@@ -145,10 +145,14 @@ class AdaptivePolicy:
         """Take what FULL step ``step`` measured, and decide how far the next one lies.
 
         Args:
-            discrepancy: M; not used.
+            discrepancy: M.
             trials: of the guidance rule, nearest first.
             guidance: ``w - 1``.
+
+        Raises:
+            ValueError: the discrepancy is nan or infinite.
         """
+        check_finite(step, discrepancy)
         self._learn(step, trials)
         self._group = self._choose(step, guidance) if step in self._laws else _ALONE
         self._next_full = step + self._group.length
@@ -227,12 +231,13 @@ class AdaptivePolicy:
             drift = noise = 0.0
             for n in range(2, longest + 1):
                 at = step + n - 1
+                between = range(step + 1, step + n)
                 kept = 1 / math.sqrt(1 - at / self.num_steps)
                 weight = guidance * self.sampler.weights[at] * _shape(at, self.num_steps) * kept
                 drift += weight * math.sqrt(law.drift) * (n - 1)
                 noise += weight**2 * law.noise
                 net = (price * (drift**2 + noise) - saves * (n - 1)) / n
-                if net < least:
+                if net < least and self.sampler.carries(step + n, between):
                     least, best = net, _Group(kind, n, drift**2 + noise)
         return best
 

@@ -27,6 +27,19 @@ def rel_mae(pred_u: torch.Tensor, pred_c: torch.Tensor) -> torch.Tensor:
     return (pred_c.float() - u).abs().mean() / u.abs().mean()
 
 
+def check_finite(step: int, value: float) -> None:
+    """Refuse a discrepancy that no decision can be taken from.
+
+    Raises:
+        ValueError: ``value`` is nan or infinite.
+    """
+    if not math.isfinite(value):
+        raise ValueError(
+            f"the discrepancy at step {step} is {value}: the predictions are not finite, or the uncond "
+            "prediction is zero. Check the model's dtype (bfloat16 or float32 instead of float16) and weights."
+        )
+
+
 class SlopeDetector:
     """Finds the step after which the discrepancy has stopped falling (arXiv 2602.21760, section 4.2).
 
@@ -49,11 +62,7 @@ class SlopeDetector:
         Raises:
             ValueError: ``value`` is nan or infinite.
         """
-        if not math.isfinite(value):
-            raise ValueError(
-                f"the discrepancy at step {step} is {value}: the predictions are not finite, or the uncond "
-                "prediction is zero. Check the model's dtype (bfloat16 or float32 instead of float16) and weights."
-            )
+        check_finite(step, value)
         self._recent.append(value)
         if len(self._recent) <= self.window:
             return False

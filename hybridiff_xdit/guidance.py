@@ -142,25 +142,26 @@ class Deferred(Reuse):
 
     with the sampler's gains :math:`G` (`Sampler.gains`): for w constant, w need not be known, and the guidance impulse
     of a group is a trapezoid sum. On PIPELINED steps pred_c owes nothing, and :math:`D(t_j)` has
-    :math:`\beta\, (c_j - C(t_j))` added. A FULL step whose gain is too small to carry the debt leaves it to the next.
+    :math:`\beta\, (c_j - C(t_j))` added. A FULL step whose gain is too small to carry the debt (`Sampler.carries`)
+    leaves it to the next.
 
     :math:`\alpha, \beta, \gamma \in [0, 1]` are fitted per picture on every FULL step, each as a running mean (weight
-    0.8 a FULL step) of a least-squares coefficient: :math:`\alpha` of :math:`\delta_b - \delta_a` on
-    :math:`r_b (\delta_a - \delta_{a'})`, :math:`\gamma` likewise of pred_c, :math:`\beta` of the residual of delta's
-    straight line on that of pred_c. Where low precision or the model makes delta noisy, the fit damps itself: nothing
-    is tuned to a model.
+    0.8 a FULL step) of a least-squares coefficient, each within [-1, 2]: :math:`\alpha` of
+    :math:`\delta_b - \delta_a` on :math:`r_b (\delta_a - \delta_{a'})`, :math:`\gamma` likewise of pred_c,
+    :math:`\beta` of the residual of delta's straight line on that of pred_c. Where low precision or the model makes
+    delta noisy, the fit damps itself: nothing is tuned to a model.
     """
 
     extrapolates_boundary = True
     needs_sampler = True
     _memory = 3  # two for the estimate, and one more for the trial that forgets the last
     _forget = 0.8
-    _carries = 0.5  # of the largest gain among the steps that a debt is of
 
     def __init__(self, sampler: Sampler | None = None) -> None:
         super().__init__(sampler)
         self._alpha, self._beta, self._gamma = (_Coefficient(self._forget) for _ in range(3))
         self._used: list[_Used] = []  # since the last FULL step
+        self._owing: list[int] = []  # steps whose error is not paid back yet
         self._debt: tuple[torch.Tensor, torch.Tensor] | None = None  # of delta's impulse, times w - 1, and of pred_c's
 
     def full(self, step: int, pred_u: torch.Tensor, pred_c: torch.Tensor, guidance: float) -> Pair:
@@ -174,11 +175,12 @@ class Deferred(Reuse):
             delta = gain * used.guidance * (hindsight.delta - used.estimate.delta)
             c = gain * (hindsight.pred_c - used.estimate.pred_c)
             self._debt = (delta, c) if self._debt is None else (self._debt[0] + delta, self._debt[1] + c)
-        largest = max((abs(gains[used.estimate.step]) for used in self._used), default=0.0)
+            self._owing.append(used.estimate.step)
         self._used.clear()
-        if self._debt is None or abs(gains[step]) < self._carries * largest or gains[step] * guidance == 0:
+        if self._debt is None or not self.sampler.carries(step, self._owing) or gains[step] * guidance == 0:
             return pred_u, pred_c
         (delta, c), self._debt = self._debt, None
+        self._owing.clear()
         owed_c = c / gains[step]
         owed_u = owed_c - delta / (gains[step] * guidance)
         return (pred_u.float() + owed_u).to(pred_u.dtype), (pred_c.float() + owed_c).to(pred_c.dtype)
@@ -214,6 +216,8 @@ class Deferred(Reuse):
         before, last = self._known[-2:]
         c = pred_c.float()
         reach = self._reach(self._known, step)
+        if reach == 0:
+            return
         moved, moved_c = c - pred_u.float() - last.delta, c - last.pred_c
         slope, slope_c = reach * (last.delta - before.delta), reach * (last.pred_c - before.pred_c)
         self._alpha.update(moved, slope)

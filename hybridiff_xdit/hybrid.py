@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import os
 import platform
 from contextlib import suppress
@@ -294,8 +295,10 @@ class _Session:
             "config": {**asdict(self.config), "report": self.config.report and os.fspath(self.config.report)},
             "num_steps": run.num_steps,
             "plan": str(plan),
-            "discrepancy": [[step, value if value < float("inf") else None] for step, value in run.discrepancy],
-            "trials": [[step, [list(trial) for trial in trials]] for step, trials in run.trials if trials],
+            "discrepancy": [[step, _finite(value)] for step, value in run.discrepancy],
+            "trials": [
+                [step, [list(map(_finite, trial)) for trial in trials]] for step, trials in run.trials if trials
+            ],
             "tau_1": run.policy.tau_1,
             "tau_2": run.policy.tau_2,
             "speedup_bound": plan.speedup_bound(),
@@ -354,6 +357,11 @@ def _settings(component: Any) -> list[str]:
     """Class and configuration of a diffusers component, without its private fields (paths, unordered sets)."""
     fields = [f"{key}={value}" for key, value in component.config.items() if not key.startswith("_")]
     return [type(component).__name__, *sorted(fields)]
+
+
+def _finite(value: float) -> float | None:
+    """For JSON, which has no nan and no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def _digest(fact: Any) -> torch.Tensor:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+
+LEAST_GAIN = 0.5  # of the largest among the steps whose error a step pays back
 
 
 class Sampler(NamedTuple):
@@ -30,6 +33,13 @@ class Sampler(NamedTuple):
     times: tuple[float, ...]
     gains: tuple[float, ...]
     weights: tuple[float, ...]
+
+    def carries(self, step: int, owing: Iterable[int]) -> bool:
+        """Whether the prediction of ``step`` moves the result enough to make good what those of other steps missed.
+
+        One that moves it much less would have to be changed much more.
+        """
+        return abs(self.gains[step]) >= LEAST_GAIN * max((abs(self.gains[i]) for i in owing), default=0.0)
 
 
 def read_sampler(scheduler: Any, start: float, num_steps: int, **extra: Any) -> Sampler:

@@ -8,14 +8,17 @@ On a PIPELINED step two parts of the network are evaluated, at once, on two rank
     SD3    front(step i)                              -> boundary, read by back(step i + 1)
     U-Net  inner(step i; outer-down features of step i) -> boundary, read by outer-up(step i + 1)
 
-After a FULL step the boundary is the one of its cond branch.
+After a FULL step the boundary is the one of its cond branch. On a SKIPPED step nothing is evaluated.
 """
 
+import inspect
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
 #: Where each tiny denoiser is cut. SD3: number of blocks in front. U-Net: first and last module of the inner part.
 CUTS = {
@@ -25,38 +28,208 @@ CUTS = {
 }
 
 
+class Full(NamedTuple):
+    """What a FULL step knew."""
+
+    step: int
+    delta: torch.Tensor
+    c: torch.Tensor
+
+
+class Guess(NamedTuple):
+    """What was used where a step was not FULL; w is its guidance scale."""
+
+    step: int
+    kind: str
+    delta: torch.Tensor
+    c: torch.Tensor
+    w: float
+
+
 class Oracle:
     """(pred_u, pred_c) of each step.
 
     Args:
         denoiser: the model.
-        plan: a letter F or P a step.
-        rule: ``mixed``, ``none`` or ``reuse``.
+        plan: a letter F, P or S a step.
+        rule: ``mixed``, ``none``, ``reuse`` or ``deferred``.
         cut: see `CUTS`.
+        times: of the steps, for ``deferred``.
+        gains: of the steps' predictions, for ``deferred``.
+        w: tells the guidance scale of the step.
     """
 
-    def __init__(self, denoiser, plan, rule, cut):
+    def __init__(self, denoiser, plan, rule, cut, times=None, gains=None, w=lambda: 2.0):
         self.denoiser, self.plan, self.rule, self.cut = denoiser, plan, rule, cut
+        self.times, self.gains, self.w = times, gains, w
         self.forward = denoiser.forward
         self.two_parts = sd3 if isinstance(denoiser, SD3Transformer2DModel) else unet
         self.steps = 0
-        self.boundary = self.delta = None
+        self.boundaries = []  # (time, boundary) that stage 1 knows, in order
+        self.fulls = []
+        self.guesses = []  # since the last FULL step
+        self.owed = []  # (step, missed delta times w - 1, missed c) not paid back yet
+        self.fits = []  # (alpha, beta, gamma) of the FULL steps, in order
         self.discrepancy = []
 
     @torch.no_grad()
     def __call__(self, uncond, cond):
-        kind = self.plan[self.steps]
+        i, kind = self.steps, self.plan[self.steps]
         self.steps += 1
         if kind == "F":
             pred_u, pred_c = (self.forward(**{**branch, "return_dict": False})[0] for branch in (uncond, cond))
-            if self.plan[self.steps : self.steps + 1] == "P":
-                _, self.boundary = self.two_parts(self.denoiser, self.cut, cond, cond, None)
-            self.delta = pred_c - pred_u
-            self.discrepancy.append((self.delta.abs().mean() / pred_u.abs().mean()).item())
-            return pred_u, pred_c
-        stage0 = uncond if self.rule == "mixed" else cond
-        pred, self.boundary = self.two_parts(self.denoiser, self.cut, stage0, cond, self.boundary)
-        return (pred - self.delta if self.rule == "reuse" else pred), pred
+            if "P" in self.plan[i + 1 :]:
+                self.learn(i, self.two_parts(self.denoiser, self.cut, cond, cond, None)[1])
+            self.discrepancy.append(((pred_c - pred_u).abs().mean() / pred_u.abs().mean()).item())
+            known = Full(i, pred_c - pred_u, pred_c)
+            missing_u, missing_c = self.paid_back(known) if self.rule == "deferred" else (0.0, 0.0)
+            self.fulls.append(known)
+            return pred_u + missing_u, pred_c + missing_c
+        if kind == "P":
+            stage0 = uncond if self.rule == "mixed" else cond
+            pred, fresh = self.two_parts(self.denoiser, self.cut, stage0, cond, self.boundary_at(i))
+            if self.plan[i + 1 : i + 2] == "P":
+                self.learn(i, fresh)
+            if self.rule in ("mixed", "none"):
+                return pred, pred
+        guess = self.guess(i, kind, pred if kind == "P" else None)
+        self.guesses.append(guess)
+        return guess.c - guess.delta, guess.c
+
+    def guess(self, i, kind, pred_c):
+        last = self.fulls[-1]
+        if self.rule == "reuse" or not self.fits:
+            return Guess(i, kind, last.delta, last.c if kind == "S" else pred_c, self.w())
+        before = self.fulls[-2]
+        alpha, beta, gamma = self.coefficients()
+        r = self.reach(before.step, last.step, i)
+        delta = last.delta + alpha * r * (last.delta - before.delta)
+        if kind == "S":
+            return Guess(i, kind, delta, last.c + gamma * r * (last.c - before.c), self.w())
+        delta = delta + beta * (pred_c - last.c - alpha * r * (last.c - before.c))
+        return Guess(i, kind, delta, pred_c, self.w())
+
+    def paid_back(self, now):
+        """What is added to (pred_u, pred_c) of a FULL step for the steps since the last one, or some earlier ones."""
+        # Two FULL steps at one time (solvers of order 2) tell nothing of the slope.
+        if len(self.fulls) > 1 and self.reach(self.fulls[-2].step, self.fulls[-1].step, now.step) != 0:
+            self.fits.append(self.fit(*self.fulls[-2:], now))
+        beta = self.coefficients()[1]
+        for guess in self.guesses:
+            last = self.fulls[-1]
+            start, at, end = (self.times[step] for step in (last.step, guess.step, now.step))
+            share = (at - start) / (end - start) if end != start else 1.0
+            line, line_c = last.delta + share * (now.delta - last.delta), last.c + share * (now.c - last.c)
+            right, right_c = (line, line_c) if guess.kind == "S" else (line + beta * (guess.c - line_c), guess.c)
+            self.owed.append((guess.step, (guess.w - 1) * (right - guess.delta), right_c - guess.c))
+        gain, w = self.gains[now.step], self.w()
+        is_small = any(abs(gain) < 0.5 * abs(self.gains[step]) for step, *_ in self.owed)
+        self.guesses = []
+        if is_small:
+            return 0.0, 0.0
+        owed, self.owed = self.owed, []
+        delta = sum(self.gains[step] / (gain * (w - 1)) * missed for step, missed, _ in owed)
+        c = sum(self.gains[step] / gain * missed for step, _, missed in owed)
+        return c - delta, c
+
+    def fit(self, before, last, now):
+        """Least-squares coefficients of one FULL step, per picture. None counts for more than 2 or less than -1."""
+        r = self.reach(before.step, last.step, now.step)
+        slope, slope_c = r * (last.delta - before.delta), r * (last.c - before.c)
+        rest, rest_c = now.delta - last.delta - slope, now.c - last.c - slope_c
+        pairs = [(now.delta - last.delta, slope), (rest, rest_c), (now.c - last.c, slope_c)]
+        found = []
+        for target, regressor in pairs:
+            dot = (target * regressor).flatten(1).sum(1) / (regressor * regressor).flatten(1).sum(1)
+            found.append(dot.clip(-1, 2).reshape(-1, 1, 1, 1))  # [B, 1, 1, 1]
+        return found
+
+    def coefficients(self):
+        """alpha, beta, gamma: means over the FULL steps, each older one with 0.8 of the weight."""
+        if not self.fits:
+            return 0.0, 0.0, 0.0
+        weights = [0.8**age for age in reversed(range(len(self.fits)))]
+        return [
+            (sum(w * fit[k] for w, fit in zip(weights, self.fits, strict=True)) / sum(weights)).clip(0, 1)
+            for k in range(3)
+        ]
+
+    def reach(self, before, last, now):
+        before, last, now = self.times[before], self.times[last], self.times[now]
+        return 0.0 if last == before else (now - last) / (last - before)
+
+    def learn(self, i, boundary):
+        time = i if self.times is None else self.times[i]
+        if self.boundaries and self.boundaries[-1][0] == time:
+            self.boundaries.pop()
+        self.boundaries.append((time, boundary))
+
+    def boundary_at(self, i):
+        """What stage 1 reads: the last boundary, or the straight line through the last two at the step's time."""
+        if self.rule != "deferred" or len(self.boundaries) < 2:
+            return self.boundaries[-1][1]
+        (t0, first), (t1, second) = self.boundaries[-2:]
+        share = (self.times[i] - t0) / (t1 - t0)
+        if isinstance(first, tuple):
+            return tuple(a + share * (b - a) for a, b in zip(first, second, strict=True))
+        return first + share * (second - first)
+
+
+def closed_form(scheduler, first, eta=0.0):
+    """(times, gains) from the update's formula; ``first`` is the first timestep of the run.
+
+    Flow matching with Euler: ``x' = x + (sigma' - sigma) v``. DDIM: ``x' = sqrt(abar') x0 + sqrt(1 - abar' - s^2) eps``
+    with ``x0 = (x - sqrt(1 - abar) eps) / sqrt(abar)``; to the end, what is in x' grows by ``sqrt(abar_end / abar')``.
+    """
+    times = scheduler.timesteps.tolist()
+    start = start_of(times, first)
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        gains = [after - before for before, after in itertools.pairwise(scheduler.sigmas.tolist())]
+        return times[start:], gains[start:]
+    assert isinstance(scheduler, DDIMScheduler) and scheduler.config.prediction_type == "epsilon"
+    gap = scheduler.config.num_train_timesteps // len(times)
+    abars = [scheduler.alphas_cumprod[t].item() for t in times]
+    ends = [float(scheduler.alphas_cumprod[t - gap] if t >= gap else scheduler.final_alpha_cumprod) for t in times]
+    gains = []
+    for before, after in zip(abars, ends, strict=True):
+        variance = eta**2 * (1 - after) / (1 - before) * (1 - before / after)
+        gain = (1 - after - variance) ** 0.5 - (after * (1 - before) / before) ** 0.5
+        gains.append((ends[-1] / after) ** 0.5 * gain)
+    return times[start:], gains[start:]
+
+
+def finite_differences(scheduler, first):
+    """As `closed_form`, for any scheduler: how far the end moves with one of a run's predictions."""
+    times = scheduler.timesteps.tolist()[start_of(scheduler.timesteps.tolist(), first) :]
+    plain = samples(scheduler, len(times))[-1]
+    return times, [samples(scheduler, len(times), bumped)[-1] - plain for bumped in range(len(times))]
+
+
+def samples(scheduler, count, bumped=None, **extra):
+    """The denoiser's input after each of the last ``count`` steps of a run of a fresh scheduler; the sample at the end.
+
+    The predictions are random, but the same in every call; that of step ``bumped``, or of all, is larger by 1.
+    """
+    fresh = type(scheduler).from_config(scheduler.config)
+    fresh.set_timesteps(scheduler.num_inference_steps)
+    times = fresh.timesteps[len(fresh.timesteps) - count :]
+    if hasattr(fresh, "set_begin_index"):
+        fresh.set_begin_index(len(fresh.timesteps) - count)
+    if "generator" in inspect.signature(fresh.step).parameters:
+        extra["generator"] = torch.Generator().manual_seed(2)
+    predictions = torch.randn(count, generator=torch.Generator().manual_seed(1)).tolist()
+    scaled = getattr(fresh, "scale_model_input", lambda x, t: x)
+    x, inputs = torch.ones(1, 1, 1, 1, dtype=torch.float64), []
+    scaled(x, times[0])
+    for i, t in enumerate(times):
+        prediction = torch.full_like(x, predictions[i] + (i == bumped or bumped == "all"))
+        x = fresh.step(prediction, t, x, **extra, return_dict=False)[0]
+        inputs.append((scaled(x, times[i + 1]) if i + 1 < count else x).item())
+    return inputs
+
+
+def start_of(times, first):
+    return min(range(len(times)), key=lambda i: abs(times[i] - float(first)))
 
 
 def sd3(model, cut, stage0, stage1, boundary):
@@ -158,9 +331,10 @@ def denoise(pipe, prompt, noise, *, plan, rule="reuse", cut=None, guidance_scale
     """
     is_sd3 = getattr(pipe, "transformer", None) is not None
     denoiser, scheduler = pipe.transformer if is_sd3 else pipe.unet, pipe.scheduler
-    oracle = Oracle(denoiser, plan, rule, cut)
     device = noise.device
     scheduler.set_timesteps(len(plan), device=device)
+    times, gains = closed_form(scheduler, scheduler.timesteps[0])
+    oracle = Oracle(denoiser, plan, rule, cut, times, gains, w=lambda: guidance_scale)
     latents = noise if is_sd3 else noise * scheduler.init_noise_sigma
     height, width = (2 * side for side in noise.shape[-2:])
     sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=noise.dtype, device=device)
@@ -184,10 +358,13 @@ def denoise(pipe, prompt, noise, *, plan, rule="reuse", cut=None, guidance_scale
 
 
 @contextmanager
-def inside(pipe, *, plan, rule="reuse", cut=None) -> Iterator[Oracle]:
-    """Let a plain pipeline's own loop call the oracle in place of its denoiser, with the CFG batch [uncond, cond]."""
+def inside(pipe, *, plan, rule="reuse", cut=None, sampler=closed_form) -> Iterator[Oracle]:
+    """Let a plain pipeline's own loop call the oracle in place of its denoiser, with the CFG batch [uncond, cond].
+
+    ``sampler`` gives (times, gains) for ``deferred``, from the scheduler and the run's first timestep.
+    """
     denoiser = getattr(pipe, "transformer", None) or pipe.unet
-    oracle = Oracle(denoiser, plan, rule, cut)
+    oracle = Oracle(denoiser, plan, rule, cut, w=lambda: pipe.guidance_scale)
 
     def half(value, index, batch):
         if isinstance(value, dict):
@@ -199,6 +376,8 @@ def inside(pipe, *, plan, rule="reuse", cut=None) -> Iterator[Oracle]:
         kwargs |= zip(("sample", "timestep"), args, strict=False)
         if kwargs.get("skip_layers"):  # skip-layer guidance, beside the two branches
             return oracle.forward(**kwargs)
+        if rule == "deferred" and oracle.times is None:
+            oracle.times, oracle.gains = sampler(pipe.scheduler, kwargs["timestep"].flatten()[0])
         if not pipe.do_classifier_free_guidance:  # a callback has turned it off for this step
             oracle.steps += 1
             return oracle.forward(**kwargs)

@@ -3,17 +3,41 @@ import dataclasses
 import pytest
 
 from hybridiff_xdit import HybridConfig
+from hybridiff_xdit.config import TOLERANCE
 
 
-def test_defaults_are_the_published_method():
+def test_defaults_are_the_adaptive_policy_at_its_tolerance():
     config = HybridConfig()
-    assert (config.policy, config.guidance) == ("paper", "mixed")
+    assert (config.policy, config.guidance, config.tolerance) == ("adaptive", "deferred", TOLERANCE)
+    assert config.speedup is None and config.kinds is None
+    assert config == HybridConfig(policy="adaptive", tolerance=TOLERANCE)
 
 
-def test_a_plan_implies_fixed_and_keeps_the_guidance():
+def test_the_published_method_is_as_published():
+    config = HybridConfig(policy="paper")
+    assert (config.policy, config.guidance, config.tolerance) == ("paper", "mixed", None)
+
+
+def test_a_target_takes_the_place_of_the_tolerance():
+    config = HybridConfig(speedup=2.5)
+    assert (config.policy, config.speedup, config.tolerance) == ("adaptive", 2.5, None)
+
+
+def test_a_plan_implies_fixed_and_deferred():
     config = HybridConfig(plan="8-48/2")
-    assert (config.policy, config.guidance) == ("fixed", "reuse")
-    assert HybridConfig(policy="cfg").guidance == "reuse"
+    assert (config.policy, config.guidance, config.tolerance) == ("fixed", "deferred", None)
+    assert HybridConfig(policy="cfg").guidance == "deferred"
+
+
+@pytest.mark.parametrize("guidance", ["reuse", "deferred"])
+@pytest.mark.parametrize("fields", [dict(plan="FSPF"), dict(plan="8-48/2S"), dict(kinds="FS")], ids=str)
+def test_rules_that_estimate_can_do_without_an_evaluation(fields, guidance):
+    assert HybridConfig(**fields, guidance=guidance).guidance == guidance
+
+
+@pytest.mark.parametrize("guidance", ["mixed", "none"])
+def test_rules_that_estimate_nothing_can_still_pipeline(guidance):
+    assert HybridConfig(plan="8-48/2", guidance=guidance).guidance == guidance
 
 
 def test_what_the_user_chose_stays():
@@ -32,8 +56,8 @@ def test_is_frozen_and_keyword_only():
 @pytest.mark.parametrize(
     ("fields", "flag", "mend"),
     [
-        (dict(policy="fastest"), "--hybrid_policy", "choose one of cfg, paper, fixed"),
-        (dict(guidance="stale"), "--hybrid_guidance", "choose one of mixed, none, reuse"),
+        (dict(policy="fastest"), "--hybrid_policy", "choose one of adaptive, cfg, paper, fixed"),
+        (dict(guidance="stale"), "--hybrid_guidance", "choose one of mixed, none, reuse, deferred"),
         (dict(interval=0), "--hybrid_interval", "whole number of steps, 1 or more"),
         (dict(interval=2.5), "--hybrid_interval", "whole number of steps, 1 or more"),
         (dict(slope_window=-1), "--hybrid_slope_window", "whole number of steps, 1 or more"),
@@ -47,9 +71,31 @@ def test_is_frozen_and_keyword_only():
         (dict(policy="fixed"), "--hybrid_plan", "needs a plan, such as --hybrid_plan 8-48/2"),
         (dict(policy="paper", plan="FP"), "--hybrid_plan", "drop it, or use fixed"),
         (dict(policy="cfg", plan="FP"), "--hybrid_plan", "drop it, or use fixed"),
-        (dict(plan="PF"), "--hybrid_plan", "one letter F or P a step"),
-        (dict(plan="nonsense"), "--hybrid_plan", "one letter F or P a step"),
+        (dict(plan="PF"), "--hybrid_plan", "one letter F, P or S a step"),
+        (dict(plan="nonsense"), "--hybrid_plan", "one letter F, P or S a step"),
         (dict(plan="9-8/2"), "--hybrid_plan", "START-END/GAP"),
+        (dict(plan="SF"), "--hybrid_plan", "one letter F, P or S a step"),
+        (dict(plan="FSF", guidance="mixed"), "--hybrid_guidance", "S in the plan): use deferred or reuse"),
+        (dict(plan="8-48/2S", guidance="none"), "--hybrid_guidance", "S in the plan): use deferred or reuse"),
+        (dict(guidance="mixed"), "--hybrid_guidance", "use deferred or reuse"),
+        (dict(policy="adaptive", guidance="none"), "--hybrid_guidance", "use deferred or reuse"),
+        (dict(tolerance=0.0), "--hybrid_tolerance", "give a positive number"),
+        (dict(tolerance=-0.1), "--hybrid_tolerance", "give a positive number"),
+        (dict(tolerance=float("nan")), "--hybrid_tolerance", "give a positive number"),
+        (dict(tolerance=float("inf")), "--hybrid_tolerance", "give a positive number"),
+        (dict(speedup=1.99), "--hybrid_speedup", "from 2 (every step FULL)"),
+        (dict(speedup=10.0), "--hybrid_speedup", "less than 10"),
+        (dict(speedup=float("nan")), "--hybrid_speedup", "from 2 (every step FULL)"),
+        (dict(tolerance=0.1, speedup=2.5), "--hybrid_speedup", "it or --hybrid_tolerance, not both"),
+        (dict(kinds="PS"), "--hybrid_kinds", "give FPS, FP (nothing SKIPPED) or FS (nothing PIPELINED)"),
+        (dict(kinds="F"), "--hybrid_kinds", "give FPS, FP (nothing SKIPPED) or FS (nothing PIPELINED)"),
+        (dict(kinds="fps"), "--hybrid_kinds", "give FPS, FP (nothing SKIPPED) or FS (nothing PIPELINED)"),
+        (dict(policy="cfg", tolerance=0.1), "--hybrid_tolerance", "drop it, or use adaptive"),
+        (dict(policy="paper", speedup=2.5), "--hybrid_speedup", "drop it, or use adaptive"),
+        (dict(plan="FP", kinds="FP"), "--hybrid_kinds", "drop it, or use adaptive"),
+        (dict(policy="adaptive", plan="FP"), "--hybrid_plan", "drop it, or use fixed"),
+        (dict(policy="adaptive", interval=5), "--hybrid_interval", "drop it, or use paper"),
+        (dict(tau_cap=5), "--hybrid_tau_cap", "drop it, or use paper"),
         (dict(stages=1), "--hybrid_stages", "drop the flag"),
         (dict(stages=3), "--hybrid_stages", "drop the flag"),
     ],

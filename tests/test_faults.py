@@ -149,6 +149,10 @@ def drift(step, fields):
         (6, {"plan": PLAN}, 8),
         (8, {"plan": PLAN}, 9),  # the last step
         (3, {"policy": "paper", "interval": 3, "tau_cap": 3}, 6),
+        (3, {"plan": PLAN, "guidance": "reuse"}, 6),
+        (3, {"plan": "FFFSSSFPFF"}, 6),
+        (4, {"plan": "FFFPSSSPFF"}, 8),
+        (1, {"speedup": 2.6}, 2),
     ],
     ids=str,
 )
@@ -216,6 +220,9 @@ def does_not_fit(name, fields, steps):
         ({"policy": "paper", "interval": 7}, 10, ("--hybrid_tau_cap", "--hybrid_interval", "--num_inference_steps")),
         ({"plan": PLAN}, 9, ("--hybrid_plan", "10 letters", "9 steps")),
         ({"plan": "2-12/2"}, 10, ("--hybrid_plan", "END is 12", "10 steps")),
+        ({"plan": "2-12/2S"}, 10, ("--hybrid_plan", "END is 12", "10 steps")),
+        ({"speedup": 5.0}, 6, ("--hybrid_speedup", "--num_inference_steps", "6 steps")),
+        ({"speedup": 4.5, "kinds": "FP"}, 10, ("--hybrid_speedup", "--num_inference_steps", "10 steps")),
     ],
     ids=str,
 )
@@ -224,6 +231,27 @@ def test_a_plan_that_does_not_fit_the_run(ranks, fields, steps, flags):
         assert kind == "ValueError"
         assert all(flag in message for flag in flags)
         assert evaluations == 0
+
+
+def not_linear(fields, flag):
+    pipe = tiny.pipeline("sdxl")
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **{flag: True})
+    return caught(pipe, "sdxl", fields=fields)
+
+
+@pytest.mark.parametrize("fields", [{}, {"plan": PLAN}, {"tolerance": 1.0, "guidance": "reuse"}], ids=str)
+@pytest.mark.parametrize("flag", ["clip_sample", "thresholding"])
+def test_a_scheduler_that_clips_is_refused_where_its_gains_are_needed(ranks, fields, flag):
+    for kind, message, evaluations in ranks().run(not_linear, fields or {"policy": "adaptive"}, flag):
+        assert kind == "ValueError"
+        assert all(words in message for words in ("DDIMScheduler", flag, f"{flag}=False", "--hybrid_guidance reuse"))
+        assert evaluations == 0
+
+
+@pytest.mark.parametrize("fields", [{"plan": PLAN, "guidance": "reuse"}, {"policy": "cfg"}], ids=str)
+def test_a_scheduler_that_clips_is_taken_where_they_are_not(ranks, fields):
+    for kind, *_ in ranks().run(not_linear, fields, "clip_sample"):
+        assert kind is None
 
 
 def test_processes_without_a_group_are_refused(monkeypatch):

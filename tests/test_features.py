@@ -1,9 +1,10 @@
 """What a user may ask of a pipeline: each thing asked of two ranks, and of a plain pipeline with the oracle inside it.
 
-An all-FULL plan must agree bit for bit, one with PIPELINED steps to 1e-5 of the latents' scale.
+An all-FULL plan must agree bit for bit, one with PIPELINED and SKIPPED steps to 1e-5 of the latents' scale.
 """
 
 import logging
+from functools import partial
 
 import numpy as np
 import oracle
@@ -18,17 +19,21 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3InpaintPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
+    UniPCMultistepScheduler,
 )
 
 from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
 
 PLAN = "FFPPFPF"
+#: What the rule ``deferred`` is given in place of each plan.
+SKIPPING = {"FFPPFPF": "FFSFPSF", "FPPPFF": "FSFPSF", "FFPF": "FFSF", "FFPPF": "FSFPF", "FFPPFFF": "FFSPFFF"}
 TOLERANCE = {"cpu": 1e-5, "cuda": 1e-4}
 
 
@@ -38,6 +43,11 @@ def picture(seed: int) -> torch.Tensor:
 
 def scale_latents(pipe, step, timestep, tensors):
     return {"latents": tensors["latents"] * (1 + 0.01 * step)}
+
+
+def guidance_changes(pipe, step, timestep, tensors):
+    pipe._guidance_scale = 5.0 - 1.5 * (step % 3)
+    return {}
 
 
 def guidance_off_at_3(pipe, step, timestep, tensors):
@@ -78,6 +88,10 @@ CALLS = {
     "sizes of the negative prompt": ("sdxl", dict(**OTHER_SIZES, negative_target_size=(16, 16)), PLAN),
     "guidance_rescale, sdxl": ("sdxl", dict(guidance_rescale=0.7), PLAN),
     "guidance_rescale, sd15": ("sd15", dict(guidance_rescale=0.7), PLAN),
+    "strong guidance, sd3": ("sd3", dict(guidance_scale=15.0), PLAN),
+    "strong guidance, sd15": ("sd15", dict(guidance_scale=15.0), PLAN),
+    "changing guidance, sd3": ("sd3", dict(callback_on_step_end=guidance_changes), PLAN),
+    "changing guidance, sdxl": ("sdxl", dict(callback_on_step_end=guidance_changes), PLAN),
     "eta": ("sdxl", dict(eta=0.5), PLAN),
     "pictures": ("sd3", dict(output_type="np"), PLAN),
     "no multiple of the downsampling": ("sdxl", dict(latents=tiny.noise("sdxl", size=(10, 13))), PLAN),
@@ -104,6 +118,9 @@ CALLS = {
     ),
 }
 
+#: Where a call's denoiser is cut, if not as with the usual size.
+CUTS = {"no multiple of the downsampling": ("down_blocks.1.downsamplers.0", "up_blocks.0.resnets.2")}
+
 #: Pipelines made of another's parts, with what they are called with.
 RELATIVES = {
     "sd3 img2img": ("sd3", StableDiffusion3Img2ImgPipeline),
@@ -121,11 +138,19 @@ SCHEDULERS = {
     "Euler": ("sdxl", EulerDiscreteScheduler, {}, 5),
     "ancestral": ("sdxl", EulerAncestralDiscreteScheduler, {}, 5),
     "multistep": ("sd15", DPMSolverMultistepScheduler, {}, 5),
+    "multistep, sd3": (
+        "sd3",
+        DPMSolverMultistepScheduler,
+        {"prediction_type": "flow_prediction", "use_flow_sigmas": True},
+        5,
+    ),
+    "UniPC": ("sdxl", UniPCMultistepScheduler, {}, 5),
+    "KDPM2": ("sd15", KDPM2DiscreteScheduler, {}, 9),
     "v-prediction": ("sdxl", EulerDiscreteScheduler, {"prediction_type": "v_prediction"}, 5),
 }
 
 
-def compare(pipe, name, fields, plan, kwargs):
+def compare(pipe, name, fields, plan, kwargs, sampler=oracle.closed_form, cut=None):
     """(output, report, output of a plain pipeline with the oracle in it; None but on rank 0)."""
     kwargs = {"num_inference_steps": len(PLAN), **kwargs}
     apply_hybrid(pipe, HybridConfig(**fields))
@@ -135,7 +160,7 @@ def compare(pipe, name, fields, plan, kwargs):
         remove_hybrid(pipe)
     if dist.get_rank() == 1:
         return cpu(found), report, None
-    with oracle.inside(pipe, plan=plan, cut=oracle.CUTS[name]):
+    with oracle.inside(pipe, plan=plan, rule=fields["guidance"], cut=cut or oracle.CUTS[name], sampler=sampler):
         return cpu(found), report, cpu(tiny.call(pipe, name, **kwargs))
 
 
@@ -148,26 +173,28 @@ def check(outcomes, plan, tolerance=1e-5):
     (first, report, expected), (second, *_) = outcomes
     assert report["plan"] == plan
     assert torch.equal(first, second)
-    if "P" in plan:
+    if set(plan) != {"F"}:
         assert ((first - expected).abs().max() / expected.abs().max()).item() < tolerance
     else:
         assert torch.equal(first, expected)
 
 
 def both_plans(argument, cases):
-    """Each case with its plan, and all FULL."""
-    plans = [pytest.param(case, kind, id=f"{case}, {kind}") for case in cases for kind in ("FULL", "PIPELINED")]
+    """Each case with its plan, with SKIPPED steps and the rule that pays back, and all FULL."""
+    kinds = ("FULL", "PIPELINED", "deferred")
+    plans = [pytest.param(case, kind, id=f"{case}, {kind}") for case in cases for kind in kinds]
     return pytest.mark.parametrize((argument, "kind"), plans)
 
 
 def fields_for(plan, kind):
-    plan = plan if kind == "PIPELINED" else "F" * len(plan)
-    return {"plan": plan}, plan
+    plan = {"PIPELINED": plan, "deferred": SKIPPING.get(plan), "FULL": "F" * len(plan)}[kind]
+    return {"plan": plan, "guidance": "deferred" if kind == "deferred" else "reuse"}, plan
 
 
 def call(case, fields, plan):
     name, kwargs, _ = CALLS[case]
-    return compare(tiny.pipeline(name, ranks.device()), name, fields, plan, kwargs)
+    sampler = partial(oracle.closed_form, eta=kwargs.get("eta", 0.0))
+    return compare(tiny.pipeline(name, ranks.device()), name, fields, plan, kwargs, sampler, CUTS.get(case))
 
 
 @both_plans("case", CALLS)
@@ -204,7 +231,8 @@ def another_scheduler(case, fields, plan, when):
         found, report = tiny.call(pipe, name, num_inference_steps=5), last_report(pipe)
         remove_hybrid(pipe)
         assert "set_timesteps" not in vars(before).keys() | vars(after).keys()
-        with oracle.inside(pipe, plan=plan, cut=oracle.CUTS[name]):
+        rule, sampler = fields["guidance"], oracle.finite_differences
+        with oracle.inside(pipe, plan=plan, rule=rule, cut=oracle.CUTS[name], sampler=sampler):
             return found.cpu(), report, tiny.call(pipe, name, num_inference_steps=5).cpu()
     finally:
         remove_hybrid(pipe)
@@ -213,15 +241,19 @@ def another_scheduler(case, fields, plan, when):
 
 @both_plans("case", SCHEDULERS)
 def test_schedulers(pair, case, kind):
-    fields, plan = fields_for("FFPPFPFFF"[: SCHEDULERS[case][3]], kind)
+    plan = "FFSFPSFPF" if kind == "deferred" else "FFPPFPFFF"
+    plan = ("F" * 9 if kind == "FULL" else plan)[: SCHEDULERS[case][3]]
+    fields = {"plan": plan, "guidance": "deferred" if kind == "deferred" else "reuse"}
     check(pair.run(another_scheduler, case, fields, plan, "before apply"), plan)
 
 
+@pytest.mark.parametrize("rule", ["reuse", "deferred"])
 @pytest.mark.parametrize("case", ["Euler", "Heun, sd3"])
-def test_a_scheduler_that_is_replaced_after_apply(pair, case):
+def test_a_scheduler_that_is_replaced_after_apply(pair, case, rule):
     plan = "FPFPFPFPF"[: SCHEDULERS[case][3]]
+    fields = {"plan": f"1-{len(plan)}/2", "guidance": rule}
     for when in ("after apply", "after a call"):
-        check(pair.run(another_scheduler, case, {"plan": f"1-{len(plan)}/2"}, plan, when), plan)
+        check(pair.run(another_scheduler, case, fields, plan, when), plan)
 
 
 def lora(name, fields, plan, argument):
@@ -239,13 +271,13 @@ def lora(name, fields, plan, argument):
         without = tiny.call(pipe, name, **{argument: {"scale": 0.0}}, **steps)
         found, report, _ = compare(pipe, name, fields, plan, kwargs)
         denoiser.set_adapters("style", 0.5)
-        with oracle.inside(pipe, plan=plan, cut=oracle.CUTS[name]):
+        with oracle.inside(pipe, plan=plan, rule=fields["guidance"], cut=oracle.CUTS[name]):
             return found, report, tiny.call(pipe, name, **steps), plain, without
     finally:
         denoiser.delete_adapters("style")
 
 
-@pytest.mark.parametrize("kind", ["FULL", "PIPELINED"])
+@pytest.mark.parametrize("kind", ["FULL", "PIPELINED", "deferred"])
 @pytest.mark.parametrize(
     ("name", "argument"), [("sd3", "joint_attention_kwargs"), ("sdxl", "cross_attention_kwargs")], ids=["sd3", "sdxl"]
 )
@@ -262,23 +294,24 @@ def test_lora_and_its_scale(pair, name, argument, kind):
 # Over several calls.
 
 
-def repeated():
+def repeated(rule):
     """Latents and plans of calls that differ in size, steps and number of prompts, and then of the first again."""
     pipe, calls = tiny.pipeline("sd3"), [{}, dict(height=48), dict(num_inference_steps=7), dict(count=2), {}]
-    apply_hybrid(pipe, HybridConfig(plan="2-7/2"))
+    apply_hybrid(pipe, HybridConfig(plan="2-7/2", guidance=rule))
     try:
         found = [(tiny.call(pipe, "sd3", **kwargs), last_report(pipe)["plan"]) for kwargs in calls]
     finally:
         remove_hybrid(pipe)
     expected = []
     for kwargs, (_, plan) in zip(calls, found, strict=True):
-        with oracle.inside(pipe, plan=plan, cut=oracle.CUTS["sd3"]):
+        with oracle.inside(pipe, plan=plan, rule=rule, cut=oracle.CUTS["sd3"]):
             expected.append(tiny.call(pipe, "sd3", **kwargs))
     return found, expected
 
 
-def test_calls_in_a_row(pair):
-    (found, expected), _ = pair.run(repeated)
+@pytest.mark.parametrize("rule", ["reuse", "deferred"])
+def test_calls_in_a_row(pair, rule):
+    (found, expected), _ = pair.run(repeated, rule)
     assert [plan for _, plan in found] == ["FFPFPFPFFF", "FFPFPFPFFF", "FFPFPFP", "FFPFPFPFFF", "FFPFPFPFFF"]
     for (latents, _), reference in zip(found, expected, strict=True):
         assert (latents - reference).abs().max() < 1e-5 * reference.abs().max()
@@ -296,9 +329,9 @@ def fail_at_4(pipe, step, timestep, tensors):
     return {}
 
 
-def cut_short(callback):
+def cut_short(callback, fields):
     """Latents of a call after one that did not come to its end, on a plan that leaves a transfer in flight there."""
-    pipe = apply_hybrid(tiny.pipeline("sd3"), HybridConfig(plan="FFPPPPPPFF"))
+    pipe = apply_hybrid(tiny.pipeline("sd3"), HybridConfig(**fields))
     try:
         expected = tiny.call(pipe, "sd3")
         try:
@@ -311,32 +344,43 @@ def cut_short(callback):
         remove_hybrid(pipe)
 
 
+@pytest.mark.parametrize("fields", [{"plan": "FFPPPPPPFF", "guidance": "reuse"}, {"plan": "FFFPPPSPFF"}], ids=str)
 @pytest.mark.parametrize("callback", ["stop_at_4", "fail_at_4"])
-def test_a_call_after_one_that_was_cut_short(pair, callback):
-    for found, expected, report in pair.run(cut_short, callback):
+def test_a_call_after_one_that_was_cut_short(pair, callback, fields):
+    for found, expected, report in pair.run(cut_short, callback, fields):
         assert report is None  # of an unfinished run
         assert torch.equal(found, expected)
 
 
-def guidance_back_on():
+def guidance_back_on(rule, asked, plan):
     pipe = tiny.pipeline("sd3")
 
     def run():
         tensors = dict(callback_on_step_end_tensor_inputs=SD3_TENSORS)
         return tiny.call(pipe, "sd3", callback_on_step_end=guidance_off_for_one_step(), **tensors)
 
-    apply_hybrid(pipe, HybridConfig(plan="FFPPPPPPFF"))
+    apply_hybrid(pipe, HybridConfig(plan=asked, guidance=rule))
     try:
         found, report = run(), last_report(pipe)
     finally:
         remove_hybrid(pipe)
-    with oracle.inside(pipe, plan="FFPPFFPPFF", cut=oracle.CUTS["sd3"]):
+    with oracle.inside(pipe, plan=plan, rule=rule, cut=oracle.CUTS["sd3"]):
         return found, report, run()
 
 
-def test_guidance_that_is_off_for_one_step_is_followed_by_a_full_one(pair):
-    # Steps 0-3 as planned, 4 without guidance; 5 should be PIPELINED, but nothing is known to go on from.
-    check(pair.run(guidance_back_on), "FFPPFFPPFF")
+@pytest.mark.parametrize("rule", ["reuse", "deferred"])
+@pytest.mark.parametrize(
+    ("asked", "plan"),
+    [
+        ("FFPPPPPPFF", "FFPPFFPPFF"),
+        ("FFSSSSSSFF", "FFSSFFSSFF"),
+        ("FFPSSPSPSF", "FFPSFFSPSF"),
+        ("FFFPFSPSPF", "FFFPFFPSPF"),
+    ],
+)
+def test_guidance_that_is_off_for_one_step_is_followed_by_a_full_one(pair, rule, asked, plan):
+    # Steps 0-3 as planned, 4 without guidance; 5 should not be FULL, but nothing is known to go on from.
+    check(pair.run(guidance_back_on, rule, asked, plan), plan)
 
 
 # Taken off, put on twice, and not in use.
@@ -367,10 +411,13 @@ def taken_off(name, fields, times):
     return found
 
 
+@pytest.mark.parametrize(
+    "fields", [{"plan": PLAN, "guidance": "reuse"}, {"plan": SKIPPING[PLAN]}, {"speedup": 2.2}], ids=str
+)
 @pytest.mark.parametrize("name", tiny.PIPELINES)
-def test_removal_leaves_nothing_behind_and_applying_twice_is_once(pair, name):
-    once, *_ = pair.run(taken_off, name, {"plan": PLAN}, 1)
-    twice, *_ = pair.run(taken_off, name, {"plan": PLAN}, 2)
+def test_removal_leaves_nothing_behind_and_applying_twice_is_once(pair, name, fields):
+    once, *_ = pair.run(taken_off, name, fields, 1)
+    twice, *_ = pair.run(taken_off, name, fields, 2)
     assert torch.equal(once, twice)
 
 

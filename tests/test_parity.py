@@ -14,14 +14,32 @@ from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybri
 #: What is asked for, and the plan that comes of it: one window, interleaved, PIPELINED as early and as late as can be.
 PLANS = {"FFFPPPFFFF": "FFFPPPFFFF", "3-9/2": "FFFPFPFPFF", "FPFPPPPFPF": "FPFPPPPFPF", "FFFFFFFPPP": "FFFFFFFPPP"}
 
+#: The same with SKIPPED steps: uneven gaps, S after P and P after S, groups of up to four steps, S as early as can be.
+SKIPPING = {
+    "3-9/2S": "FFFSFSFSFF",
+    "FSFPFSSFPF": "FSFPFSSFPF",
+    "FPFSSSFPPF": "FPFSSSFPPF",
+    "FFSPFFPSFF": "FFSPFFPSFF",
+    "FFPSPFSPPF": "FFPSPFSPPF",
+    "FFFFSFFSSS": "FFFFSFFSSS",
+}
+
+#: Ways to let the adaptive policy choose.
+ADAPTIVE = [
+    {"speedup": 2.6},
+    {"speedup": 2.3, "kinds": "FP"},
+    {"tolerance": 1.0},
+    {"tolerance": 1.0, "kinds": "FP"},
+    {"tolerance": 1.0, "kinds": "FS", "guidance": "reuse"},
+]
 
 #: Largest difference allowed, relative to the largest latent.
 TOLERANCE = {"cpu": 1e-5, "cuda": 1e-4}
 
 
-def hybrid(name, fields, **kwargs):
+def hybrid(name, fields, simulate=False, **kwargs):
     """(latents, report) of the pipeline ``name`` on this rank."""
-    pipe = apply_hybrid(tiny.pipeline(name, ranks.device()), HybridConfig(**fields))
+    pipe = apply_hybrid(tiny.pipeline(name, ranks.device()), HybridConfig(**fields), simulate=simulate)
     try:
         return tiny.call(pipe, name, **kwargs).cpu(), last_report(pipe)
     finally:
@@ -53,7 +71,7 @@ def test_all_full_is_the_two_branches_one_by_one(pair, name):
     assert torch.equal(second, one_by_one)
 
 
-@pytest.mark.parametrize("rule", ["mixed", "none", "reuse"])
+@pytest.mark.parametrize("rule", ["mixed", "none", "reuse", "deferred"])
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", tiny.PIPELINES)
 def test_a_fixed_plan_is_the_oracle(pair, name, plan, rule):
@@ -61,6 +79,42 @@ def test_a_fixed_plan_is_the_oracle(pair, name, plan, rule):
     assert report["plan"] == PLANS[plan]
     assert torch.equal(first, second)
     assert error(first, latents) < TOLERANCE[pair.device]
+
+
+@pytest.mark.parametrize("rule", ["reuse", "deferred"])
+@pytest.mark.parametrize("plan", SKIPPING)
+@pytest.mark.parametrize("name", tiny.PIPELINES)
+def test_a_plan_with_skipped_steps_is_the_oracle(pair, name, plan, rule):
+    fields = {"plan": plan, "guidance": rule}
+    (first, report, latents), (second, *_) = pair.run(both, name, fields, SKIPPING[plan], rule)
+    assert report["plan"] == SKIPPING[plan]
+    assert torch.equal(first, second)
+    assert error(first, latents) < TOLERANCE[pair.device]
+
+
+def adaptive(name, fields):
+    """(latents, report), those of one process that plays both ranks, and the oracle's latents for the plan."""
+    found = hybrid(name, fields)
+    if dist.get_rank() == 1:
+        return *found, None, None
+    simulated = hybrid(name, fields, simulate=True)
+    return *found, simulated, expected(name, found[1]["plan"], found[1]["config"]["guidance"])[0]
+
+
+@pytest.mark.parametrize("fields", ADAPTIVE, ids=str)
+@pytest.mark.parametrize("name", tiny.PIPELINES)
+def test_the_plan_that_adaptive_chose_is_the_oracle(pair, name, fields):
+    (first, report, (alone, report_alone), latents), (second, second_report, *_) = pair.run(adaptive, name, fields)
+    kinds = fields.get("kinds", "FPS")
+    assert {"F"} < set(report["plan"]) <= set(kinds) and report["plan"][-1] == "F"
+    assert report["speedup_bound"] >= fields.get("speedup", 2)
+    assert torch.equal(first, second) and report == second_report
+    assert error(first, latents) < TOLERANCE[pair.device]
+    assert report_alone["plan"] == report["plan"]
+    assert torch.equal(first, alone)
+    assert report_alone["trials"] == report["trials"]
+    full = [step for step, kind in enumerate(report["plan"]) if kind == "F"]
+    assert [step for step, _ in report["trials"]] == full[1:]  # the first has nothing before it
 
 
 # One constant makes the detector fire, the other leaves the cap.

@@ -2,9 +2,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridiff_xdit.plan import FULL, PAPER_PRESETS, PIPELINED, PaperConstants, PaperPolicy, Phase, Plan, make_policy
+from hybridiff_xdit import HybridConfig
+from hybridiff_xdit.plan import FULL, PAPER_PRESETS, PIPELINED, SKIPPED, PaperConstants, PaperPolicy, Phase, Plan
+from hybridiff_xdit.policies import make_policy
 
-PLANS = st.builds(lambda tail: Plan.parse("F" + tail), st.text("FP", max_size=60))
+PLANS = st.builds(lambda tail: Plan.parse("F" + tail), st.text("FPS", max_size=60))
 SMALL = PaperConstants(slope_window=2, slope_threshold=0.01, interval=3, tau_cap=8)
 
 GRID = """\
@@ -16,6 +18,15 @@ step  phase             kind       rank 0  rank 1
    4  PARALLELISM       FULL       uncond  cond
    5  PARALLELISM       PIPELINED  -       stage1
    6  FULLY_CONNECTING  FULL       uncond  cond"""
+
+SKIPPING_GRID = """\
+step  phase             kind       rank 0  rank 1
+   0  WARM_UP           FULL       uncond  cond
+   1  PARALLELISM       SKIPPED    -       -
+   2  PARALLELISM       FULL       uncond  cond
+   3  PARALLELISM       PIPELINED  -       stage1
+   4  PARALLELISM       SKIPPED    -       -
+   5  FULLY_CONNECTING  FULL       uncond  cond"""
 
 
 # The plan as text.
@@ -34,21 +45,32 @@ def test_grid_round_trip(plan):
 
 def test_grid_is_this_picture():
     assert Plan.parse("FFPPFPF").grid() == GRID
+    assert Plan.parse("FSFPSF").grid() == SKIPPING_GRID
 
 
 @given(PLANS)
 def test_rows_say_who_does_what(plan):
     for i, row in enumerate(plan.rows()):
         next_is_pipelined = str(plan)[i + 1 : i + 2] == "P"
-        expected = ("uncond", "cond") if str(plan)[i] == "F" else ("stage0" if next_is_pipelined else "-", "stage1")
+        expected = {
+            "F": ("uncond", "cond"),
+            "P": ("stage0" if next_is_pipelined else "-", "stage1"),
+            "S": ("-", "-"),
+        }[str(plan)[i]]
         assert (row.step, row.kind, row.work) == (i, plan[i], expected)
 
 
-@given(start=st.integers(1, 40), length=st.integers(1, 40), gap=st.integers(2, 12), rest=st.integers(0, 10))
-def test_a_pattern_has_every_gapth_step_full(start, length, gap, rest):
+@given(
+    start=st.integers(1, 40),
+    length=st.integers(1, 40),
+    gap=st.integers(2, 12),
+    rest=st.integers(0, 10),
+    letter=st.sampled_from(["", "P", "S"]),
+)
+def test_a_pattern_has_every_gapth_step_full(start, length, gap, rest, letter):
     end = start + length
-    plan = Plan.parse(f"{start}-{end}/{gap}", end + rest)
-    group = "P" * (gap - 1) + "F"
+    plan = Plan.parse(f"{start}-{end}/{gap}{letter}", end + rest)
+    group = (letter or "P") * (gap - 1) + "F"
     assert str(plan) == "F" * start + (group * length)[:length] + "F" * rest
 
 
@@ -71,8 +93,23 @@ def test_speedup_bound(pipelined, bound):
     assert plan.speedup_bound() == pytest.approx(bound, abs=5e-4)
 
 
-def test_phases():
-    plan = Plan.parse("FFPFPF")
+@given(PLANS)
+def test_speedup_bound_counts_half_for_pipelined_and_nothing_for_skipped(plan):
+    letters = str(plan)
+    forwards = sum({"F": 1.0, "P": 0.5, "S": 0.0}[letter] for letter in letters)  # per rank
+    assert plan.speedup_bound() == pytest.approx(2 * len(letters) / forwards)
+
+
+@pytest.mark.parametrize(("text", "skipped", "bound"), [("8-48/2S", 20, 100 / 30), ("10-40/3S", 20, 100 / 30)])
+def test_a_skipping_pattern(text, skipped, bound):
+    plan = Plan.parse(text, 50)
+    assert (plan.count(SKIPPED), plan.count(PIPELINED)) == (skipped, 0)
+    assert plan.speedup_bound() == pytest.approx(bound)
+
+
+@pytest.mark.parametrize("letters", ["FFPFPF", "FFSFSF", "FFPFSF", "FFSFPF"])
+def test_phases(letters):
+    plan = Plan.parse(letters)
     warm_up, parallelism, connecting = Phase.WARM_UP, Phase.PARALLELISM, Phase.FULLY_CONNECTING
     assert [plan.phase(i) for i in range(6)] == [warm_up] * 2 + [parallelism] * 3 + [connecting]
     assert {Plan.parse("FFF").phase(i) for i in range(3)} == {warm_up}
@@ -81,17 +118,22 @@ def test_phases():
 @pytest.mark.parametrize(
     ("text", "steps", "says"),
     [
-        ("", None, "neither letters F and P nor a pattern"),
-        ("FPX", None, "neither letters F and P nor a pattern"),
-        ("fp", None, "neither letters F and P nor a pattern"),
-        ("8-48", 50, "neither letters F and P nor a pattern"),
-        ("8-48/2 ", 50, "neither letters F and P nor a pattern"),
+        ("", None, "neither letters F, P and S nor a pattern"),
+        ("FPX", None, "neither letters F, P and S nor a pattern"),
+        ("fp", None, "neither letters F, P and S nor a pattern"),
+        ("8-48", 50, "neither letters F, P and S nor a pattern"),
+        ("8-48/2 ", 50, "neither letters F, P and S nor a pattern"),
+        ("8-48/2F", 50, "neither letters F, P and S nor a pattern"),
+        ("8-48/2SP", 50, "neither letters F, P and S nor a pattern"),
         ("PF", None, "first step must be F"),
+        ("SF", None, "first step must be F"),
         ("FP", 3, "2 letters, but the run has 3 steps"),
         ("0-8/2", 50, "1 <= START < END"),
         ("8-8/2", 50, "1 <= START < END"),
         ("8-48/1", 50, "GAP >= 2"),
         ("8-48/0", 50, "GAP >= 2"),
+        ("8-48/1S", 50, "GAP >= 2"),
+        ("8-48/2S", 28, "END is 48, but the run has only 28 steps"),
         ("8-48/2", 28, "END is 48, but the run has only 28 steps"),
     ],
 )
@@ -113,6 +155,8 @@ def test_a_pattern_needs_the_length_of_the_run():
     [
         GRID.replace("PIPELINED  -  ", "PIPELINED  stage0"),
         GRID.replace("FULL", "HALF"),
+        SKIPPING_GRID.replace("SKIPPED    -       -", "SKIPPED    -       stage1"),
+        SKIPPING_GRID.replace("SKIPPED  ", "PIPELINED"),
         GRID.replace("   3", "   4"),
         "step\nnonsense",
     ],
@@ -200,12 +244,12 @@ def test_presets_scale_with_the_run(family, steps, expected):
 @pytest.mark.parametrize("family", ["unet", "mmdit"])
 @pytest.mark.parametrize("steps", [20, 28, 50])
 def test_presets_fit_the_usual_runs(family, steps):
-    plan = drive(make_policy("paper", steps, family), [1 - 0.01 * i for i in range(steps)])
+    plan = drive(make_policy(HybridConfig(policy="paper"), steps, family), [1 - 0.01 * i for i in range(steps)])
     assert plan.count("P") == PAPER_PRESETS[family].scaled(steps).interval
 
 
 def test_given_constants_replace_the_preset():
-    policy = make_policy("paper", 50, "unet", interval=10, tau_cap=20, slope_window=None)
+    policy = make_policy(HybridConfig(policy="paper", interval=10, tau_cap=20), 50, "unet")
     assert policy.constants == PaperConstants(slope_window=12, slope_threshold=4e-4, interval=10, tau_cap=20)
 
 
@@ -214,11 +258,16 @@ def test_given_constants_replace_the_preset():
 )
 def test_a_window_that_does_not_fit_is_an_error(steps, constants):
     with pytest.raises(ValueError, match=r"--hybrid_tau_cap.*--hybrid_interval.*--num_inference_steps"):
-        make_policy("paper", steps, "mmdit", **constants)
+        make_policy(HybridConfig(policy="paper", **constants), steps, "mmdit")
 
 
 def test_cfg_is_all_full_and_fixed_is_what_was_given():
-    for name, plan in (("cfg", "FFFFFF"), ("fixed", "FPPFPF")):
-        policy = make_policy(name, 6, "unet", plan=plan)
+    for fields, plan in (
+        ({"policy": "cfg"}, "FFFFFF"),
+        ({"policy": "fixed", "plan": "FPPFPF"}, "FPPFPF"),
+        ({"plan": "FPSFSF"}, "FPSFSF"),
+        ({"plan": "1-5/2S"}, "FSFSFF"),
+    ):
+        policy = make_policy(HybridConfig(**fields), 6, "unet")
         assert drive(policy, [1.0] * 6) == plan
         assert policy.tau_1 is None and policy.tau_2 is None

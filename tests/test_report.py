@@ -12,6 +12,7 @@ from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybri
 from hybridiff_xdit.plan import Plan
 
 PLAN = "FFPPPFPFFF"
+REUSE = {"plan": PLAN, "guidance": "reuse"}
 HANDED_OVER = 2  # PIPELINED steps that are followed by another
 
 #: Numbers in each tiny denoiser's tensors for one picture: prediction, boundary that rank 0 sends, and rank 1.
@@ -37,14 +38,15 @@ def run_many(name, fields, count):
     return run(name, fields, count=count)
 
 
+@pytest.mark.parametrize("fields", [REUSE, {"plan": PLAN}, {"plan": "FFPPPSPSFF"}], ids=str)
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("name", tiny.PIPELINES)
-def test_bytes_sent_are_those_counted_by_hand(pair, name, count):
+def test_bytes_sent_are_those_counted_by_hand(pair, name, count, fields):
     prediction, *boundaries = (4 * count * numbers for numbers in SIZES[name])
-    full, pipelined = PLAN.count("F"), PLAN.count("P")
+    full, pipelined = fields["plan"].count("F"), fields["plan"].count("P")
     expected = [AGREEMENT + full * (HEADER + prediction) + HANDED_OVER * boundary for boundary in boundaries]
     expected[1] += pipelined * prediction
-    for report in pair.run(run_many, name, {"plan": PLAN}, count):
+    for report in pair.run(run_many, name, fields, count):
         assert report["bytes_sent"] == expected
 
 
@@ -55,10 +57,10 @@ def test_all_full_sends_predictions_only(pair, name):
         assert report["bytes_sent"] == [expected] * 2
 
 
-def count_calls(name, modules):
+def count_calls(name, modules, fields):
     """How often each of the modules is evaluated on this rank."""
     pipe = tiny.pipeline(name)
-    run(name, {"plan": PLAN})  # the first run counts the denoiser's FLOPs, for which it runs it on fake tensors
+    run(name, fields)  # the first run counts the denoiser's FLOPs, for which it runs it on fake tensors
     denoiser, counts = pipe.transformer if name == "sd3" else pipe.unet, dict.fromkeys(modules, 0)
 
     def hook(module):
@@ -66,26 +68,29 @@ def count_calls(name, modules):
 
     hooks = [denoiser.get_submodule(module).register_forward_hook(hook(module)) for module in modules]
     try:
-        run(name, {"plan": PLAN})
+        run(name, fields)
     finally:
         for handle in hooks:
             handle.remove()
     return counts
 
 
-# On a PIPELINED step rank 0 works only if the next step will read it; rank 1 always makes the prediction.
+# On a PIPELINED step rank 0 works only if the next step will read it; rank 1 always makes the prediction. On a SKIPPED
+# step neither works.
+@pytest.mark.parametrize("plan", [PLAN, "FFPPPSPSFF", "FFSSSFSFFF"])
 @pytest.mark.parametrize(
     ("name", "stage_0", "stage_1"),
     [
         ("sd3", ["pos_embed", "transformer_blocks.0", "transformer_blocks.1"], ["transformer_blocks.2", "proj_out"]),
         ("sdxl", ["down_blocks.2.resnets.0", "mid_block"], ["conv_in", "down_blocks.1.attentions.1", "conv_out"]),
-        ("sd15", ["down_blocks.2.resnets.0", "mid_block"], ["conv_in", "down_blocks.1.resnets.0", "conv_out"]),
+        ("sd15", ["down_blocks.1.resnets.0", "mid_block"], ["conv_in", "down_blocks.0.resnets.0", "conv_out"]),
     ],
 )
-def test_each_rank_evaluates_its_stage_only_and_only_if_it_is_read(pair, name, stage_0, stage_1):
-    full, pipelined = PLAN.count("F"), PLAN.count("P")
-    first, second = pair.run(count_calls, name, [*stage_0, *stage_1])
-    assert first == dict.fromkeys(stage_0, full + HANDED_OVER) | dict.fromkeys(stage_1, full)
+def test_each_rank_evaluates_its_stage_only_and_only_if_it_is_read(pair, name, stage_0, stage_1, plan):
+    full, pipelined = plan.count("F"), plan.count("P")
+    first, second = pair.run(count_calls, name, [*stage_0, *stage_1], {"plan": plan})
+    handed_over = HANDED_OVER if "P" in plan else 0
+    assert first == dict.fromkeys(stage_0, full + handed_over) | dict.fromkeys(stage_1, full)
     assert second == dict.fromkeys(stage_0, full) | dict.fromkeys(stage_1, full + pipelined)
 
 
@@ -95,6 +100,7 @@ TYPES = {
     "num_steps": int,
     "plan": str,
     "discrepancy": list,
+    "trials": list,
     "tau_1": int | None,
     "tau_2": int | None,
     "speedup_bound": float,
@@ -106,7 +112,15 @@ TYPES = {
 
 
 @pytest.mark.parametrize(
-    "fields", [dict(plan=PLAN), dict(policy="cfg"), dict(policy="paper", interval=2, tau_cap=5)], ids=str
+    "fields",
+    [
+        dict(plan=PLAN, guidance="reuse"),
+        dict(plan="FFPPPSPSFF"),
+        dict(policy="cfg"),
+        dict(policy="paper", interval=2, tau_cap=5),
+        dict(speedup=2.6, kinds="FS"),
+    ],
+    ids=str,
 )
 def test_report_files(pair, tmp_path, fields):
     folder = tmp_path / "made" / "here"
@@ -124,30 +138,48 @@ def test_report_files(pair, tmp_path, fields):
     assert [step for step, _ in report["discrepancy"]] == [i for i, kind in enumerate(str(plan)) if kind == "F"]
     assert all(isinstance(value, float) and 0 < value < 10 for _, value in report["discrepancy"])
     assert fields.items() <= report["config"].items() and report["config"]["report"] == str(folder)
-    assert (report["tau_1"] is None) == (report["config"]["policy"] != "paper")
+    assert (report["tau_1"] is None) == (report["config"]["policy"] not in ("paper", "adaptive"))
+    if report["tau_1"] is not None:
+        window = [i for i, kind in enumerate(str(plan)) if kind != "F"]
+        assert (report["tau_1"], report["tau_2"]) == (window[0], window[-1] + 1)
+    check_trials(report)
     assert {"torch", "diffusers", "hybridiff_xdit"} <= report["versions"].keys()
     with Image.open(folder / "report.png") as picture:
         picture.load()
         assert picture.width > 400 and picture.height > 200
 
 
+def check_trials(report):
+    """A row for each FULL step of an adaptive run but the first, with the distance to the FULL steps before it."""
+    if report["config"]["policy"] != "adaptive":
+        assert report["trials"] == []
+        return
+    full = [i for i, kind in enumerate(report["plan"]) if kind == "F"]
+    assert [step for step, _ in report["trials"]] == full[1:]
+    for step, trials in report["trials"]:
+        before = [i for i in full if i < step][-2:]
+        assert [distance for distance, *_ in trials] == [step - i for i in reversed(before)]
+        assert all(0 < error < 10 for _, *errors in trials for error in errors)
+
+
 def test_no_report_was_asked_for(pair, tmp_path, monkeypatch):
-    for report in pair.run(run, "sd3", {"plan": PLAN}):
+    for report in pair.run(run, "sd3", REUSE):
         assert report["config"]["report"] is None
 
 
-def progress():
+def progress(plan):
     pipe, text = tiny.pipeline("sd3"), io.StringIO()
     pipe.set_progress_bar_config(file=text, mininterval=0)
     try:
-        run("sd3", {"plan": PLAN})
+        run("sd3", {"plan": plan})
     finally:
         pipe.set_progress_bar_config(disable=True)
     return text.getvalue()
 
 
 def test_one_progress_bar_with_phase_kind_and_discrepancy(pair):
-    first, second = pair.run(progress)
+    first, second = pair.run(progress, "FFPPPSPFFF")
+    assert "PARALLELISM SKIPPED, M=0." in first
     for words in ("WARM_UP FULL, M=0.", "PARALLELISM PIPELINED, M=0.", "FULLY_CONNECTING FULL, M=0.", "10/10"):
         assert words in first
     assert second == ""

@@ -67,6 +67,13 @@ def test_processes_are_counted_where_there_are_gpus(launched, model, monkeypatch
         ("--parallel hybrid-cond --hybrid_policy best", ("--hybrid_policy", "paper")),
         ("--parallel hybrid-cond --hybrid_guidance best", ("--hybrid_guidance", "mixed")),
         ("--parallel hybrid-cond --hybrid_plan FPX", ("--hybrid_plan", "START-END/GAP")),
+        ("--parallel hybrid-cond --hybrid_kinds PS", ("--hybrid_kinds", "FPS")),
+        ("--parallel hybrid-cond --hybrid_tolerance 0", ("--hybrid_tolerance", "positive number")),
+        ("--parallel hybrid-cond --hybrid_speedup 1.5", ("--hybrid_speedup", "from 2")),
+        ("--parallel hybrid-cond --hybrid_speedup 2.5 --hybrid_tolerance 0.1", ("--hybrid_speedup", "not both")),
+        ("--parallel hybrid-cond --hybrid_plan FSF --hybrid_guidance mixed", ("--hybrid_guidance", "deferred")),
+        ("--parallel cfg --hybrid_tolerance 0.1", ("--hybrid_tolerance", "--parallel hybrid-cond")),
+        ("--parallel hybrid-cond --hybrid_interval 5", ("--hybrid_interval", "use paper")),
         ("--parallel hybrid-cond --hybrid_interval 0", ("--hybrid_interval", "1 or more")),
         ("--parallel hybrid", ("--parallel", "hybrid-cond")),
         ("--hybrid_policy paper", ("--hybrid_policy", "--parallel hybrid-cond")),
@@ -101,11 +108,22 @@ def test_every_field_of_the_configuration_is_a_flag():
     assert set(options._HYBRID_OPTIONS) == {field.name for field in dataclasses.fields(HybridConfig)}
 
 
-def test_flags_reach_the_configuration(model):
-    args = options.build_parser().parse_args(
-        ["--model", model, "--parallel", "hybrid-cond", "--hybrid-interval", "7", "--hybrid_slope_threshold=1e-3"]
-    )
-    assert options.prepare(args, gpus=0) == HybridConfig(interval=7, slope_threshold=1e-3)
+@pytest.mark.parametrize(
+    ("flags", "fields"),
+    [
+        ("", {}),
+        (
+            "--hybrid_policy paper --hybrid-interval 7 --hybrid_slope_threshold=1e-3",
+            dict(policy="paper", interval=7, slope_threshold=1e-3),
+        ),
+        ("--hybrid_tolerance 0.05 --hybrid-kinds FP", dict(tolerance=0.05, kinds="FP")),
+        ("--hybrid-speedup=2.5 --hybrid_guidance reuse", dict(speedup=2.5, guidance="reuse")),
+        ("--hybrid_plan 8-48/2S", dict(plan="8-48/2S")),
+    ],
+)
+def test_flags_reach_the_configuration(model, flags, fields):
+    args = options.build_parser().parse_args(["--model", model, "--parallel", "hybrid-cond", *flags.split()])
+    assert options.prepare(args, gpus=0) == HybridConfig(**fields)
     assert args.use_cfg_parallel
 
 

@@ -106,6 +106,16 @@ def test_pipelined_steps_are_taken(results, name):
     assert (full[0] - fixed[0]).abs().max() < full[0].abs().max()
 
 
+@pytest.mark.parametrize("name", ["sd3", "sdxl"])
+def test_the_default_policy_with_a_target(results, name):
+    (_, report), (images, last) = (results[rank][name, "adaptive"] for rank in range(2))
+    assert report == last
+    assert "S" in last["plan"] and last["speedup_bound"] >= 2.5
+    assert last["config"]["guidance"] == "deferred"
+    full = results[1][name, "cfg"][0]
+    assert 0 < (full - images).abs().max() < full.abs().max()
+
+
 def test_only_the_last_rank_hands_out_pictures(results):
     assert all(images is None for images, _ in results[0].values())
 
@@ -141,7 +151,8 @@ def test_launch_runs_an_sd3_script(models, tmp_path):
 def test_launch_runs_xdits_sdxl_example(models, tmp_path):
     example = next(path for path in files("xfuser") or () if str(path) == "examples/sdxl_example.py").locate()
     (tmp_path / "results").mkdir()  # the example expects it
-    launch(example, models / "sdxl", "--parallel", "hybrid-cond", "--hybrid_report", tmp_path, cwd=tmp_path)
+    flags = ("--parallel", "hybrid-cond", "--hybrid-speedup=2.3", "--hybrid_kinds", "FP", "--hybrid_report", tmp_path)
+    launch(example, models / "sdxl", *flags, cwd=tmp_path)
     assert len(list((tmp_path / "results").glob("*_cfg2_*.png"))) == 2
     assert "P" in json.loads((tmp_path / "report.json").read_text())["plan"]
 

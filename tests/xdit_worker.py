@@ -13,7 +13,11 @@ from xfuser import xFuserArgs  # isort: skip  # it imports only after ours
 from xfuser.core.distributed import get_runtime_state, get_world_group
 
 PIPELINES = {"sd3": HybridStableDiffusion3Pipeline, "sdxl": HybridStableDiffusionXLPipeline}
-CONFIGS = {"cfg": HybridConfig(policy="cfg"), "fixed": HybridConfig(plan="FFPPFPFF")}
+CONFIGS = {
+    "cfg": HybridConfig(policy="cfg"),
+    "fixed": HybridConfig(plan="FFPPFPFF", guidance="reuse"),
+    "adaptive": HybridConfig(speedup=2.5, kinds="FS"),
+}
 
 
 def main(folder: Path) -> None:

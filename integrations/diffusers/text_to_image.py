@@ -19,8 +19,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji-sd3", help="hub id, diffusers folder, emoji-sd3 or emoji-sdxl")
     parser.add_argument("--prompt", default="google style emoji of grinning face")
-    parser.add_argument("--policy", default="paper")
-    parser.add_argument("--plan", help="for --policy fixed, such as 8-48/2")
+    parser.add_argument("--policy", help="adaptive, cfg, paper or fixed; default adaptive, or fixed with --plan")
+    parser.add_argument("--speedup", type=float, help="for adaptive: bound of the speed-up to reach, such as 2.5")
+    parser.add_argument("--plan", help="for fixed, such as 8-48/2")
     parser.add_argument("--out", default="picture.png")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
@@ -34,7 +35,8 @@ def main() -> None:
     model = resolve(args.model)
     dtype = model.dtype if on_gpu else torch.float32
     pipe = DiffusionPipeline.from_pretrained(model.source, torch_dtype=dtype, **dict.fromkeys(model.absent))
-    apply_hybrid(pipe.to(device), HybridConfig(policy=args.policy, plan=args.plan), model=args.model)
+    config = HybridConfig(policy=args.policy, speedup=args.speedup, plan=args.plan)
+    apply_hybrid(pipe.to(device), config, model=args.model)
 
     # Every rank makes the same call from the same seed.
     image = pipe(

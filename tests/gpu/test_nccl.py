@@ -1,4 +1,4 @@
-"""The cases of the CPU tests on two GPUs and NCCL. All FULL: bit for bit; PIPELINED: to 1e-4 (float32, no TF32)."""
+"""The cases of the CPU tests on two GPUs and NCCL. All FULL: bit for bit; else: to 1e-4 (float32, no TF32)."""
 
 import pytest
 import test_faults
@@ -10,6 +10,7 @@ pytestmark = pytest.mark.gpu
 
 test_all_full_is_the_two_branches_one_by_one = test_parity.test_all_full_is_the_two_branches_one_by_one
 test_a_fixed_plan_is_the_oracle = test_parity.test_a_fixed_plan_is_the_oracle
+test_a_plan_with_skipped_steps_is_the_oracle = test_parity.test_a_plan_with_skipped_steps_is_the_oracle
 test_paper_and_mixed_is_the_oracle = test_parity.test_paper_and_mixed_is_the_oracle
 test_arguments_of_a_call = test_features.test_arguments_of_a_call
 test_bytes_sent_are_those_counted_by_hand = test_report.test_bytes_sent_are_those_counted_by_hand

@@ -1,0 +1,183 @@
+"""The rule ``deferred`` on made-up predictions: its equations, with no process and no model."""
+
+import pytest
+import torch
+
+from hybridiff_xdit.guidance import RULES
+from hybridiff_xdit.sampler import Sampler
+
+SHAPE = (2, 4, 6, 6)
+TIMES = (1000.0, 900.0, 760.0, 640.0, 555.0, 470.0, 390.0, 210.0, 100.0, 30.0)
+GAINS = (-1.5, -1.2, -1.0, -0.9, -0.8, -0.9, -1.1, -0.7, -0.8, -0.9)
+W = 5.0
+
+
+def random(seed):
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def rule(name="deferred", times=TIMES, gains=GAINS):
+    return RULES[name](Sampler(times, gains, tuple(map(abs, gains))))
+
+
+def follow(made, plan, pred_u, pred_c, w=W):
+    """What the rule hands the pipeline on each step: [(pred_u, pred_c)]. ``w`` may be one number a step."""
+    ws = [w] * len(plan) if isinstance(w, float) else w
+    pairs = []
+    for i, kind in enumerate(plan):
+        if kind == "F":
+            pairs.append(made.full(i, pred_u[i], pred_c[i], ws[i] - 1))
+        elif kind == "P":
+            pairs.append(made.pipelined(i, pred_c[i], ws[i] - 1))
+        else:
+            pairs.append(made.skipped(i, ws[i] - 1))
+    return pairs
+
+
+def straight(seed):
+    """Predictions that lie on a straight line over the times."""
+    start, end = random(seed), random(seed + 1)
+    return [torch.lerp(start, end, 1 - t / 1000) for t in TIMES]
+
+
+def wavy(seed):
+    """A slow curve, and some noise of each step's own."""
+    a, b = random(seed), random(seed + 1)
+    return [a * torch.cos(torch.tensor(t / 400)) + b + 0.1 * random(seed + 2 + i) for i, t in enumerate(TIMES)]
+
+
+def on_lines(plan, predictions):
+    """The predictions, but for steps that are not FULL on the straight line between the FULL steps around them."""
+    line = list(predictions)
+    for i, kind in enumerate(plan):
+        if kind != "F":
+            a, b = plan.rindex("F", 0, i), plan.index("F", i)
+            line[i] = torch.lerp(predictions[a], predictions[b], (TIMES[i] - TIMES[a]) / (TIMES[b] - TIMES[a]))
+    return line
+
+
+def impulse(pairs, w=W):
+    """What the guided predictions move the sample by."""
+    ws = [w] * len(pairs) if isinstance(w, float) else w
+    return sum(gain * (u + w * (c - u)) for gain, w, (u, c) in zip(GAINS, ws, pairs, strict=True))
+
+
+@pytest.mark.parametrize("plan", ["FFFSFSSFSF", "FFFPFPPFPF", "FFFPSFSPSF"])
+def test_straight_lines_are_estimated_without_an_error_and_nothing_is_owed(plan):
+    pred_u, pred_c = straight(0), straight(5)
+    for i, (u, c) in enumerate(follow(rule(), plan, pred_u, pred_c)):
+        torch.testing.assert_close(u, pred_u[i], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(c, pred_c[i], atol=1e-4, rtol=1e-4)
+
+
+def test_with_skipped_steps_the_run_moves_as_if_the_lines_between_full_steps_had_been_used():
+    pred_u, pred_c, plan = wavy(0), wavy(20), "FFFSFSSFSF"
+    paid = impulse(follow(rule(), plan, pred_u, pred_c))
+    expected = impulse(list(zip(on_lines(plan, pred_u), on_lines(plan, pred_c), strict=True)))
+    torch.testing.assert_close(paid, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("plan", ["FFFSFSSFSF", "FFFPFPPFPF", "FFFPSFSPSF", "FFFFFPPPSF"])
+def test_paying_back_comes_closer_to_the_truth_than_the_last_delta(plan):
+    pred_u, pred_c = wavy(0), wavy(20)
+    true = impulse(list(zip(pred_u, pred_c, strict=True)))
+    errors = {name: (impulse(follow(rule(name), plan, pred_u, pred_c)) - true).norm() for name in ("reuse", "deferred")}
+    assert errors["deferred"] < 0.5 * errors["reuse"]
+
+
+@pytest.mark.parametrize("w", [1.5, 15.0])
+def test_estimates_do_not_depend_on_w_nor_does_what_a_full_step_is_handed(w):
+    pred_u, pred_c, plan = wavy(0), wavy(20), "FFFPFSSFPF"
+    for one, other in zip(*(follow(rule(), plan, pred_u, pred_c, value) for value in (5.0, w)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_w_that_changes_is_taken_into_the_debt():
+    pred_u, pred_c, plan = wavy(0), wavy(20), "FFFSFSSFSF"
+    w = [5.0, 5.0, 5.0, 9.0, 2.0, 7.0, 3.0, 5.0, 1.5, 4.0]
+    paid = impulse(follow(rule(), plan, pred_u, pred_c, w), w)
+    steady = impulse(follow(rule(), plan, pred_u, pred_c), w)  # pays for w = 5 throughout
+    expected = impulse(list(zip(on_lines(plan, pred_u), on_lines(plan, pred_c), strict=True)), w)
+    torch.testing.assert_close(paid, expected, rtol=1e-4, atol=1e-4)
+    assert (steady - expected).abs().max() > 0.1
+
+
+def test_a_full_step_with_a_small_gain_leaves_the_debt_to_the_next():
+    pred_u, pred_c = wavy(0), wavy(20)
+    gains = (*GAINS[:4], 0.1, *GAINS[5:])
+    pairs = follow(rule(gains=gains), "FFFSFF", pred_u[:6], pred_c[:6])
+    assert pairs[4][0] is pred_u[4] and pairs[4][1] is pred_c[4]
+    owed = follow(rule(), "FFFSF", pred_u[:5], pred_c[:5])[4]
+    for i, true in enumerate((pred_u, pred_c)):
+        expected = true[5] + (owed[i] - true[4]) * GAINS[4] / GAINS[5]
+        torch.testing.assert_close(pairs[5][i], expected, rtol=1e-4, atol=1e-4)
+    assert (pairs[5][0] - pred_u[5]).abs().max() > 0.05
+
+
+def test_a_gain_of_nothing_pays_nothing():
+    pred_u, pred_c = wavy(0), wavy(20)
+    for u, c in follow(rule(gains=(*GAINS[:4], 0.0, 0.0)), "FFFSFF", pred_u[:6], pred_c[:6]):
+        assert u.isfinite().all() and c.isfinite().all()
+
+
+def test_pictures_are_estimated_one_by_one():
+    """Two pictures with histories of different kinds: each as if it were alone."""
+    plan = "FFFSFPSFPF"
+    pred_u, pred_c = straight(0), wavy(20)
+    for i in range(len(plan)):
+        pred_u[i][1], pred_c[i][1] = wavy(40)[i][1], straight(60)[i][1]
+    together = follow(rule(), plan, pred_u, pred_c)
+    for k in range(2):
+        alone = follow(rule(), plan, [u[k : k + 1] for u in pred_u], [c[k : k + 1] for c in pred_c])
+        for both, one in zip(together, alone, strict=True):
+            for a, b in zip(both, one, strict=True):
+                torch.testing.assert_close(a[k : k + 1], b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["reuse", "deferred"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_is_handed_on_has_the_dtype_of_the_predictions(name, dtype):
+    pred_u, pred_c = ([p.to(dtype) for p in wavy(seed)] for seed in (0, 20))
+    for pair in follow(rule(name), "FFFSFPSFPF", pred_u, pred_c):
+        assert all(p.dtype == dtype and p.isfinite().all() for p in pair)
+
+
+@pytest.mark.parametrize("name", ["reuse", "deferred"])
+def test_trials_are_what_a_run_with_fewer_full_steps_would_have_missed(name):
+    """Nearest: the estimates of this step. Next: those without the last FULL step, and the same coefficients."""
+    pred_u, pred_c, plan, step = wavy(0), wavy(20), "FFFSF", 6
+    made = rule(name)
+    follow(made, plan, pred_u[:5], pred_c[:5])
+    near, far = made.trials(step, pred_u[step], pred_c[step], W - 1)
+    assert (near.distance, far.distance) == (2, 4)
+    delta, scale = pred_c[step] - pred_u[step], pred_u[step].abs().mean()
+    u, c = made.pipelined(step, pred_c[step], W - 1)
+    assert near.pipelined.item() == pytest.approx(((delta - (c - u)).abs().mean() / scale).item(), rel=1e-4)
+    u, c = made.skipped(step, W - 1)
+    guided = pred_c[step] + (W - 1) * delta - (c + (W - 1) * (c - u))
+    assert near.skipped.item() == pytest.approx((guided.abs().mean() / (W - 1) / scale).item(), rel=1e-4)
+    if name == "reuse":
+        older = pred_c[2] - pred_u[2]
+        assert far.pipelined.item() == pytest.approx(((delta - older).abs().mean() / scale).item(), rel=1e-4)
+
+
+def test_there_are_no_trials_before_there_is_something_to_try():
+    made = rule()
+    assert made.trials(0, random(0), random(1), W - 1) == []
+    made.full(0, random(0), random(1), W - 1)
+    assert len(made.trials(1, random(2), random(3), W - 1)) == 1
+
+
+@pytest.mark.parametrize("name", ["mixed", "none"])
+def test_rules_that_estimate_nothing_have_no_trials(name):
+    made = rule(name)
+    made.full(0, random(0), random(1), W - 1)
+    assert made.trials(1, random(2), random(3), W - 1) == [] and not made.estimates
+
+
+def test_two_evaluations_at_one_time_are_no_division_by_zero():
+    """As Heun's solver makes them."""
+    times = (1000.0, 900.0, 900.0, 640.0, 640.0, 470.0, 470.0, 210.0, 210.0, 30.0)
+    for plan in ("FFFSFPSFPF", "FSFPFSFFSF", "FFFFSSSFFF"):
+        for pair in follow(rule(times=times), plan, wavy(0), wavy(20)):
+            assert all(p.isfinite().all() for p in pair)
