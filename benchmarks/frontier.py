@@ -96,8 +96,8 @@ def main_table(rows: list[Row]) -> str:
     """Ours beside fewer plain steps and the published rule at equal bounds."""
     ours, plain, paper = (curve(rows, name) for name in (OURS, FEWER, "paper"))
     names = zip(("ours", "fewer plain steps", "paper (mixed)"), (ours, plain, paper), strict=True)
-    a, b, c = (f"{name}{where_else(rows, points)}" for name, points in names)
-    table = [["speed-up bound", a, b, "ours - fewer", c]]
+    heads = [f"{name}{where_else(rows, points)}" for name, points in names]
+    table = [["speed-up bound", *heads[:2], "ours - fewer", heads[2]]]
     for bound in BOUNDS:
         a, b = at(ours, bound, mean), at(plain, bound, mean, best=True)
         table.append(
@@ -105,7 +105,8 @@ def main_table(rows: list[Row]) -> str:
                 f"{bound:g}",
                 pair(a, at(ours, bound, low)),
                 pair(b, at(plain, bound, low, best=True)),
-                "" if a is None or b is None else f"{a - b:+.1f}",
+                # Other prompts are not subtracted.
+                f"{a - b:+.1f}" if a and b and ours[0]["prompts"] == plain[0]["prompts"] else "",
                 pair(at(paper, bound, mean), at(paper, bound, low)),
             ]
         )
@@ -333,10 +334,11 @@ def plot(model: str, rows: list[Row], main: str, path: Path) -> None:
 
 def strip(model: str, rows: list[Row], main: str, pictures: dict[str, np.ndarray], path: Path) -> None:
     """Columns: the strategies whose pictures were kept; rows: prompts."""
-    keys = [(row, f"{main}/{row['curve']}/{row['parameter']}") for row in rows if row["cell"] == main]
+    within = sorted((row for row in rows if row["cell"] == main), key=lambda row: row["prompts"])
+    chosen = {f"{main}/{row['curve']}/{row['parameter']}": row for row in within}  # of equals that with most prompts
     order = ["one GPU", "ours, tolerance", OURS, FEWER, "paper"]
     columns = sorted(
-        ((row, pictures[key]) for row, key in keys if key in pictures),
+        ((row, pictures[key]) for key, row in chosen.items() if key in pictures),
         key=lambda column: (order.index(column[0]["curve"]), column[0]["bound"]),
     )
     if not columns:

@@ -113,6 +113,7 @@ class AdaptivePolicy:
         self.error_left = None if tolerance is None else tolerance**2  # sum of E^2 to spend yet
         self.saving_left: float | None = None  # forwards to save yet, with a target
         self._saves = {kind: saving for kind, saving in SAVES.items() if kind.value in kinds}
+        self.may_pipeline = PIPELINED in self._saves
         if speedup is not None:
             self.saving_left = self.num_steps - 2 * self.num_steps / speedup
             groups, rest = divmod(max(self.num_steps - 5, 0), LONGEST_GROUP)

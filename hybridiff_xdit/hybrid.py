@@ -242,7 +242,7 @@ class _Session:
             start = float(torch.as_tensor(inputs["timestep"]).flatten()[0])
             sampler = read_sampler(self.pipe.scheduler, start, num_steps)
         policy = make_policy(config, num_steps, self.anatomy.family, sampler)
-        if config.policy != "cfg":
+        if policy.may_pipeline:
             self.anatomy.check_inputs(inputs)
             self.executor.prepare(_branches(inputs)["cond"])
         return _Run(num_steps, policy, rule(sampler), sampler, is_guided)

@@ -162,7 +162,7 @@ class Anatomy(ABC):
             if value is not None and name not in self.understood:
                 raise ValueError(
                     f"hybrid-cond cannot split a {type(self.denoiser).__name__} that is called with {name}=: "
-                    "use --hybrid_policy cfg, or the pipeline without that feature."
+                    "use --hybrid_kinds FS or --hybrid_policy cfg, or the pipeline without that feature."
                 )
 
     @contextmanager
@@ -233,7 +233,7 @@ class MMDiT(Anatomy):
     def check_inputs(self, inputs: Inputs) -> None:
         super().check_inputs(inputs)
         if "ip_adapter_image_embeds" in (inputs.get("joint_attention_kwargs") or {}):
-            raise ValueError("hybrid-cond cannot split an SD3 IP-Adapter: use --hybrid_policy cfg, or unload it.")
+            raise ValueError("hybrid-cond cannot split an SD3 IP-Adapter: use --hybrid_kinds FS, or unload it.")
 
     def _units(self) -> Iterator[Unit]:
         model: Any = self.denoiser
@@ -303,10 +303,10 @@ class UNet(Anatomy):
     def check_inputs(self, inputs: Inputs) -> None:
         super().check_inputs(inputs)
         if "gligen" in (inputs.get("cross_attention_kwargs") or {}):
-            raise ValueError("hybrid-cond cannot split GLIGEN: use --hybrid_policy cfg, or the plain pipeline.")
+            raise ValueError("hybrid-cond cannot split GLIGEN: use --hybrid_kinds FS, or the plain pipeline.")
         model: Any = self.denoiser
         if any(getattr(block, "s1", None) for block in model.up_blocks):
-            raise ValueError("hybrid-cond cannot split FreeU: use --hybrid_policy cfg, or pipe.disable_freeu().")
+            raise ValueError("hybrid-cond cannot split FreeU: use --hybrid_kinds FS, or pipe.disable_freeu().")
 
     def _units(self) -> Iterator[Unit]:
         model: Any = self.denoiser

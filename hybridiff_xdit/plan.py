@@ -184,10 +184,12 @@ class Policy(Protocol):
         tau_1: first step that is not FULL; None for "not yet" or "this policy has none".
         tau_2: first step after the last such.
         reads_trials: whether `observe` reads the trials.
+        may_pipeline: whether a step may be PIPELINED, for which the denoiser has to be partitioned.
         sampler: of the run, for a policy that reads it.
     """
 
     reads_trials: bool
+    may_pipeline: bool
     sampler: Sampler | None
 
     @property
@@ -222,6 +224,7 @@ class FixedPolicy:
 
     def __init__(self, plan: Sequence[StepKind]) -> None:
         self.plan = plan
+        self.may_pipeline = PIPELINED in plan
 
     def reads_discrepancy(self, step: int) -> bool:
         return False
@@ -244,6 +247,7 @@ class PaperPolicy:
     """
 
     reads_trials = False
+    may_pipeline = True
     sampler: Sampler | None = None
 
     def __init__(self, num_steps: int, constants: PaperConstants) -> None:
