@@ -9,7 +9,7 @@ from pathlib import Path
 def table(lines: list[dict]) -> str:
     """The table, one row a scenario and strategy; speed-up is over ``one-gpu`` of the same scenario and run."""
     rows = [
-        "| scenario | strategy | s per image, median (min - max) | over one GPU | bound | FULL + PIPELINED "
+        "| scenario | strategy | s per image, median (min - max) | over one GPU | bound | FULL + PIPELINED + SKIPPED "
         "| MB sent, rank 0 / 1 | peak GiB, rank 0 / 1 |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -18,7 +18,7 @@ def table(lines: list[dict]) -> str:
         seconds, plan = line["seconds"], line["plan"] or ""
         base = one_gpu.get(line["scenario"])
         speedup = f"{statistics.median(base) / statistics.median(seconds):.2f}" if base else ""
-        kinds = f"{plan.count('F')} + {plan.count('P')}" if plan else ""
+        kinds = " + ".join(str(plan.count(letter)) for letter in "FPS") if plan else ""
         sent = " / ".join(f"{count / 1e6:.1f}" for count in line["bytes_sent"] or [])
         bound = f"{line['speedup_bound']:.2f}" if plan else ""
         memory = line["peak_memory"] if plan else line["peak_memory"][:1]
