@@ -39,7 +39,8 @@ left to spend: with a tolerance :math:`\tau`, an error of :math:`\sum E^2 = \tau
 speed-up, the forwards to save. If :math:`k / s` has fallen since step :math:`i / 2`, it is expected to fall as much
 again by step :math:`2 i`, so that a run does not start to save while waiting is cheaper. Nothing but the run's own past
 is used. :math:`n = 1` everywhere while the predictions change fast is the warm-up (tau_1 falls out of it), and so is
-the dense end. A group ends on a FULL step that can pay its debt (`Sampler.carries`): the last step of a run is FULL.
+the dense end. The last step of a run is FULL. Where the FULL step that ends a group cannot pay its debt
+(`Sampler.carries`), :math:`E^2` counts four times: what is paid back halves an error (measured likewise).
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ from .plan import FULL, PIPELINED, SKIPPED, StepKind
 from .sampler import Sampler
 
 LONGEST_GROUP = 8  # steps: a law measured over two gaps is not trusted further
+
+UNPAID = 4  # times E^2, where the end of a group cannot pay its debt
 
 #: Forwards of one branch that a step of each kind saves against a FULL step (cost model: FULL 1, PIPELINED 1/2).
 SAVES = {PIPELINED: 0.5, SKIPPED: 1.0}
@@ -237,9 +240,10 @@ class AdaptivePolicy:
                 weight = guidance * self.sampler.weights[at] * _shape(at, self.num_steps) * kept
                 drift += weight * math.sqrt(law.drift) * (n - 1)
                 noise += weight**2 * law.noise
-                net = (price * (drift**2 + noise) - saves * (n - 1)) / n
-                if net < least and self.sampler.carries(step + n, between):
-                    least, best = net, _Group(kind, n, drift**2 + noise)
+                error = (drift**2 + noise) * (1 if self.sampler.carries(step + n, between) else UNPAID)
+                net = (price * error - saves * (n - 1)) / n
+                if net < least:
+                    least, best = net, _Group(kind, n, error)
         return best
 
 
