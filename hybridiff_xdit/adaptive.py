@@ -129,6 +129,7 @@ class AdaptivePolicy:
                 )
         self._laws: dict[int, dict[StepKind, _Law]] = {}  # by FULL step: running means
         self._measured: dict[int, dict[StepKind, _Law]] = {}  # as measured there
+        self._tables: dict[int, list[tuple[float, float]]] = {}  # see `_groups`
         self._group = _ALONE
         self._next_full = 0
         self._first: int | None = None
@@ -195,7 +196,7 @@ class AdaptivePolicy:
             return _ALONE
         # The dearest price at which the rest of the run spends enough: bisected over its logarithm.
         low, high = -20.0, 40.0
-        for _ in range(40):
+        for _ in range(24):  # to some millionths of the price
             middle = (low + high) / 2
             is_enough = self._is_enough(*self._forecast(step, half, guidance, math.exp(middle)))
             low, high = (middle, high) if is_enough else (low, middle)
@@ -227,24 +228,34 @@ class AdaptivePolicy:
 
     def _best(self, step: int, laws: dict[StepKind, _Law], guidance: float, price: float) -> _Group:
         """The group with the least net cost per step: ``(price E(n)^2 - S(n)) / n``."""
-        assert self.sampler is not None
         least, best = 0.0, _ALONE
-        longest = min(LONGEST_GROUP, self.num_steps - 1 - step)
         for kind, saves in self._saves.items():
-            law = laws[kind]
-            drift = noise = 0.0
-            for n in range(2, longest + 1):
-                at = step + n - 1
-                between = range(step + 1, step + n)
-                kept = 1 / math.sqrt(1 - at / self.num_steps)
-                weight = guidance * self.sampler.weights[at] * _shape(at, self.num_steps) * kept
-                drift += weight * math.sqrt(law.drift) * (n - 1)
-                noise += weight**2 * law.noise
-                error = (drift**2 + noise) * (1 if self.sampler.carries(step + n, between) else UNPAID)
+            drift, noise = guidance**2 * laws[kind].drift, guidance**2 * laws[kind].noise
+            for n, (per_drift, per_noise) in enumerate(self._groups(step), start=2):
+                error = drift * per_drift + noise * per_noise
                 net = (price * error - saves * (n - 1)) / n
                 if net < least:
                     least, best = net, _Group(kind, n, error)
         return best
+
+    def _groups(self, step: int) -> list[tuple[float, float]]:
+        """``E(n)^2`` per unit of ``(w - 1)^2 k^2`` and of ``(w - 1)^2 nu^2``, for n = 2, 3, ... after ``step``.
+
+        Kept by step: the search for the price asks again and again, while the GPU waits for the next step's kind. No
+        group begins before step 2, and by then the sampler is the run's final one.
+        """
+        if step not in self._tables:
+            assert self.sampler is not None
+            table, drift, noise = [], 0.0, 0.0
+            for n in range(2, min(LONGEST_GROUP, self.num_steps - 1 - step) + 1):
+                at = step + n - 1
+                weight = self.sampler.weights[at] * _shape(at, self.num_steps) / math.sqrt(1 - at / self.num_steps)
+                drift += weight * (n - 1)
+                noise += weight**2
+                times = 1 if self.sampler.carries(step + n, range(step + 1, step + n)) else UNPAID
+                table.append((times * drift**2, times * noise))
+            self._tables[step] = table
+        return self._tables[step]
 
 
 def _shape(step: int, num_steps: int) -> float:

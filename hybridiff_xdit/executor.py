@@ -40,8 +40,6 @@ class Executor:
         self.anatomy = anatomy
         self.comm = comm
         self.ranks = (comm.rank,) if comm.size == 2 else (0, 1)
-        #: Whether a PIPELINED step may follow. The same on every rank, which the boundary itself is not.
-        self.is_primed = False
         self._partition: Partition | None = None
         self._prediction: torch.Tensor | None = None  # of the last FULL step: shape and dtype of the next
         self._captured: Boundary | None = None  # by the hook, in the last forward
@@ -89,7 +87,6 @@ class Executor:
             drifted = (sums[0] != sums[1]).view(())
         self._learn(time, self._captured)
         self._prediction = pred
-        self.is_primed = True
         return Exchange(pred_u, pred_c, drifted)
 
     def pipelined(
@@ -108,7 +105,7 @@ class Executor:
         Returns:
             The prediction on every rank, [B, C, H, W].
         """
-        assert self.is_primed and self._partition is not None and self._prediction is not None
+        assert self._partition is not None and self._prediction is not None, "no FULL step came before"
         partition = self._partition
         stage1 = partition.output_rank
         self._learn(self._incoming_time, self._take_boundary())
@@ -142,7 +139,6 @@ class Executor:
             self._capture.remove()
         self._capture = self._partition = self._prediction = self._captured = None
         self._known.clear()
-        self.is_primed = False
 
     def _learn(self, time: float, boundary: Boundary | None) -> None:
         """Keep a boundary of stage 1; solvers that evaluate twice at one time replace the first of the two."""

@@ -158,7 +158,7 @@ class _Session:
             return self.forward(*args, **kwargs)
         if not self.pipe.do_classifier_free_guidance:  # a callback has turned the guidance off
             run.kinds.append(FULL)
-            self.executor.is_primed = run.is_known = False
+            run.is_known = False
             output = self.forward(*args, **kwargs)
         else:
             pred = torch.cat(self._evaluate(run, inputs))  # [2B, C, H, W]
@@ -175,9 +175,11 @@ class _Session:
         step, kind = run.step, run.policy.kind(run.step)
         guidance = float(getattr(self.pipe, "guidance_scale", 2.0)) - 1
         # Guidance that was off for a step leaves nothing to go on from: every rank sees that and evaluates FULL.
-        if kind is SKIPPED and run.is_known:
+        if not run.is_known:
+            kind = FULL
+        if kind is SKIPPED:
             pair = run.rule.skipped(step, guidance)
-        elif kind is PIPELINED and self.executor.is_primed:
+        elif kind is PIPELINED:
             pred = self.executor.pipelined(
                 branches,
                 run.rule.stage0_branch,
@@ -187,7 +189,6 @@ class _Session:
             )
             pair = run.rule.pipelined(step, pred, guidance)
         else:
-            kind = FULL
             pred_u, pred_c, drifted = self.executor.full(self.forward, branches, inputs, run.time(step))
             trials = run.rule.trials(step, pred_u, pred_c, guidance) if run.policy.reads_trials else []
             measured = [rel_mae(pred_u, pred_c), drifted.float(), *(error for trial in trials for error in trial[1:])]

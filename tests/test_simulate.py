@@ -19,13 +19,7 @@ from diffusers import (
 
 from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def simulated(pipe, name, fields, **kwargs):

@@ -14,6 +14,8 @@ import torch
 import xdit_tiny
 from diffusers import DiffusionPipeline
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TESTS = Path(__file__).parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
 
@@ -41,15 +43,6 @@ def results(models):
     """What each rank got, by (checkpoint, policy)."""
     torchrun(TESTS / "xdit_worker.py", models)
     return [torch.load(models / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """As the ranks: another number of threads sums in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def load(models, name):
