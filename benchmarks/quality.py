@@ -160,16 +160,17 @@ def study(family: str) -> list[tuple[Cell, Point]]:
         (brain, [*one_gpu(brain), cap, *every_full()]),
         (brain, tolerances([TOLERANCE]) + targets((2.5, 2.85)) + fewer((40, 35))),
         (half, others),  # the plot takes them from here as long as the main cell has none
-        *((cell, grid_points(cell)) for cell in grid() if cell != half),
+        *((cell, grid_points(cell)) for cell in grid("float16") if cell != half),
         (main, every_full() + others),
+        *((cell, grid_points(cell)) for cell in grid("float32") if cell != main),
     ]
     return [(cell, point) for cell, points in work for point in points]
 
 
-def grid() -> list[Cell]:
-    """T x w x solver in the deployed dtype; those that differ from the main cell in one thing only come first."""
-    cells = [Cell(t, w, s, "float16") for s in ("first", "second") for w in (5.0, 3.0, 7.5) for t in (50, 28, 20)]
-    main = Cell(dtype="float16")
+def grid(dtype: str) -> list[Cell]:
+    """T x w x solver; those that differ from the main cell in one thing only come first."""
+    cells = [Cell(t, w, s, dtype) for s in ("first", "second") for w in (5.0, 3.0, 7.5) for t in (50, 28, 20)]
+    main = Cell(dtype=dtype)
 
     def differences(cell: Cell) -> int:
         return (cell.steps != main.steps) + (cell.guidance != main.guidance) + (cell.solver != main.solver)
