@@ -34,11 +34,13 @@ class Executor:
     Args:
         anatomy: the denoiser read as units.
         comm: the group; rank 0 is uncond, rank 1 is cond. A group of one plays both.
+        sequence: the group of this rank's branch, where its tokens are split.
     """
 
-    def __init__(self, anatomy: Anatomy, comm: Comm) -> None:
+    def __init__(self, anatomy: Anatomy, comm: Comm, sequence: Comm | None = None) -> None:
         self.anatomy = anatomy
         self.comm = comm
+        self.sequence = sequence
         self.ranks = (comm.rank,) if comm.size == 2 else (0, 1)
         self._partition: Partition | None = None
         self._prediction: torch.Tensor | None = None  # of the last FULL step: shape and dtype of the next
@@ -82,9 +84,11 @@ class Executor:
             header[:1] = checksum(inputs)
             payload = torch.cat([header.view(torch.uint8), pred.view(-1).view(torch.uint8)])
             gathered = self.comm.all_gather(payload)
-            sums = [part[:8].view(torch.int64) for part in gathered]
+            sums = torch.cat([part[:8].view(torch.int64) for part in gathered])
             pred_u, pred_c = (part[16:].view(pred.dtype).view(pred.shape) for part in gathered)
-            drifted = (sums[0] != sums[1]).view(())
+            if self.sequence is not None:  # if some ranks stopped and others went on, these would wait for ever
+                sums = torch.cat(self.sequence.all_gather(sums))
+            drifted = (sums != sums[0]).any()
         self._learn(time, self._captured)
         self._prediction = pred
         return Exchange(pred_u, pred_c, drifted)

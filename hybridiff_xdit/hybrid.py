@@ -34,6 +34,7 @@ from .plan import FULL, PIPELINED, SKIPPED, Plan, Policy, StepKind
 from .policies import make_policy
 from .report import write_report
 from .sampler import Sampler, read_sampler
+from .sequence import SequenceSplit
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +77,13 @@ class _Run:
 class _Session:
     """`hybrid-cond` on one pipeline: four of its methods replaced, and the current run."""
 
-    def __init__(self, pipe: Any, anatomy: Anatomy, config: HybridConfig, comm: Comm, model: str) -> None:
+    def __init__(
+        self, pipe: Any, anatomy: Anatomy, config: HybridConfig, comm: Comm, sequence: SequenceSplit | None, model: str
+    ) -> None:
         self.pipe, self.anatomy, self.config, self.comm, self.model = pipe, anatomy, config, comm, model
+        self.sequence = sequence
         self.denoiser: Any = anatomy.denoiser
-        self.executor = Executor(anatomy, comm)
+        self.executor = Executor(anatomy, comm, sequence.comm if sequence else None)
         self.signature = inspect.signature(type(self.denoiser).forward)
         self.run: _Run | None = None
         self.report: dict[str, Any] | None = None
@@ -87,6 +91,8 @@ class _Session:
         self._bar: Any = None
         self._undo: list[tuple[Any, str, Any]] = []
         self.scheduler: Any = None
+        if sequence is not None:
+            sequence.apply(anatomy.sequence_parts())
         self.forward = self._replace(self.denoiser, "forward", self._forward)
         self.progress_bar = self._replace(pipe, "progress_bar", self._progress_bar)
         self._watch_scheduler()
@@ -94,6 +100,8 @@ class _Session:
     def close(self) -> None:
         """Put every replaced method back as it was."""
         self.executor.drain()
+        if self.sequence is not None:
+            self.sequence.remove()
         for owner, name, before in reversed(self._undo):
             if before is None:
                 delattr(owner, name)
@@ -278,8 +286,10 @@ class _Session:
         digests = [
             (fact if isinstance(fact, torch.Tensor) else _digest(fact)).to(noise.device) for fact in facts.values()
         ]
-        gathered = torch.stack(self.comm.all_gather(torch.cat(digests))).tolist()
-        if differing := [name for name, *values in zip(facts, *gathered, strict=True) if len(set(values)) > 1]:
+        gathered = torch.stack(self.comm.all_gather(torch.cat(digests)))
+        if self.sequence is not None:
+            gathered = torch.cat(self.sequence.comm.all_gather(gathered))
+        if differing := [name for name, *values in zip(facts, *gathered.tolist(), strict=True) if len(set(values)) > 1]:
             raise RuntimeError(
                 f"hybrid-cond: the ranks started with different {'; '.join(differing)}. "
                 "Start every rank with the same arguments."
@@ -305,7 +315,8 @@ class _Session:
             "speedup_bound": plan.speedup_bound(),
             "bytes_sent": bytes_sent,
             "seconds_per_step": None,  # timing waits for the GPU: benchmarks/ measures it
-            "world_size": self.comm.size,
+            "world_size": self.comm.size * (self.sequence.comm.size if self.sequence else 1),
+            "sequence_degree": self.sequence.comm.size if self.sequence else 1,
             "versions": _versions(),
         }
         if self.config.report is not None and self.comm.rank == 0:
@@ -385,10 +396,11 @@ def apply_hybrid(
     config: HybridConfig | None = None,
     *,
     group: dist.ProcessGroup | None = None,
+    sequence: SequenceSplit | None = None,
     model: str | None = None,
     simulate: bool = False,
 ) -> Any:
-    """Make a pipeline run `hybrid-cond` on two ranks.
+    """Make a pipeline run `hybrid-cond` on two ranks, or on two groups of ranks that split a branch's tokens.
 
     Call it on every rank (one process a GPU, under torchrun, after ``torch.distributed.init_process_group``) with the
     pipeline on this rank's device, and then the pipeline with the same arguments and the same generator seed on every
@@ -399,6 +411,8 @@ def apply_hybrid(
             image-to-image and inpainting relatives.
         config: the strategy; default `HybridConfig()`, the adaptive policy at its default tolerance.
         group: two ranks, rank 0 of it uncond and rank 1 cond; default the default group.
+        sequence: splits the tokens of this rank's branch over a group of its own (an MMDiT's; `xdit.sequence` makes it
+            on xDiT's groups). ``group`` is then this rank and the one of equal place in the other branch's group.
         model: name for the report; default the checkpoint the pipeline was loaded from.
         simulate: this process plays both ranks in turn, on its own: the pictures of two ranks, without their speed.
 
@@ -406,7 +420,8 @@ def apply_hybrid(
         The pipeline.
 
     Raises:
-        ValueError: the pipeline's denoiser is not understood, or the group has more than two ranks.
+        ValueError: the pipeline's denoiser is not understood or has no tokens to split, or the group has more than two
+            ranks.
         RuntimeError: (from the pipeline's call) the ranks differ in what must be the same, or one stopped answering.
     """
     config = config or HybridConfig()
@@ -430,7 +445,8 @@ def apply_hybrid(
         logger.warning("hybrid-cond needs two ranks and there is one: the pipeline runs as it always does.")
         return pipe
     name = model or getattr(pipe, "name_or_path", None) or type(pipe).__name__
-    setattr(pipe, _SESSION, _Session(pipe, anatomy, config, Solo() if simulate else Comm(group), str(name)))
+    comm = Solo() if simulate else Comm(group)
+    setattr(pipe, _SESSION, _Session(pipe, anatomy, config, comm, sequence, str(name)))
     return pipe
 
 
@@ -449,8 +465,8 @@ def last_report(pipe: Any) -> dict[str, Any] | None:
     Keys: ``model``, ``config``, ``num_steps``, ``plan`` (letters F, P and S), ``discrepancy`` (list of [step, value],
     None where it is not finite), ``trials`` (list of [step, [[distance, pipelined, skipped], ...]], see
     `discrepancy.Trial`; empty but for the adaptive policy), ``tau_1``, ``tau_2`` (None where the policy has none),
-    ``speedup_bound``, ``bytes_sent`` (one count a rank), ``seconds_per_step`` (None where not measured),
-    ``world_size``, ``versions``.
+    ``speedup_bound`` (what splitting a branch's tokens gives, multiplies it), ``bytes_sent`` (one count a branch, to the
+    other), ``seconds_per_step`` (None where not measured), ``world_size``, ``sequence_degree``, ``versions``.
     """
     session = getattr(pipe, _SESSION, None)  # xDiT's wrapper of a pipeline hands the question on
     return None if session is None else session.report

@@ -34,6 +34,7 @@ from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+from diffusers.models.attention_processor import Attention
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -108,6 +109,20 @@ class Partition:
         return self.segments[-1].start - 1
 
 
+class SequenceParts(NamedTuple):
+    """Where a denoiser's image tokens begin and end, and the attentions in between.
+
+    Attributes:
+        embed: its output is all image tokens, [B, N, C].
+        project: its output, of a shard, becomes the prediction of all, [B, N, C].
+        attentions: the attention modules.
+    """
+
+    embed: nn.Module
+    project: nn.Module
+    attentions: list[Attention]
+
+
 #: Partitions found so far of each denoiser, by the shapes and dtypes of its inputs: they outlive apply and remove.
 _PARTITIONS: WeakKeyDictionary[nn.Module, dict[Any, Partition]] = WeakKeyDictionary()
 
@@ -151,6 +166,17 @@ class Anatomy(ABC):
     @abstractmethod
     def _candidates(self) -> Iterator[tuple[Segment, ...]]:
         """Every way to cut the units in two stages."""
+
+    def sequence_parts(self) -> SequenceParts:
+        """What sequence parallelism splits.
+
+        Raises:
+            ValueError: the denoiser works on no sequence.
+        """
+        raise ValueError(
+            f"hybrid-cond: a {type(self.denoiser).__name__} has no sequence to split: drop --ulysses_degree and "
+            "--ring_degree."
+        )
 
     def check_inputs(self, inputs: Inputs) -> None:
         """Refuse what the units cannot evaluate, before a run begins.
@@ -234,6 +260,11 @@ class MMDiT(Anatomy):
         super().check_inputs(inputs)
         if "ip_adapter_image_embeds" in (inputs.get("joint_attention_kwargs") or {}):
             raise ValueError("hybrid-cond cannot split an SD3 IP-Adapter: use --hybrid_kinds FS, or unload it.")
+
+    def sequence_parts(self) -> SequenceParts:
+        model: Any = self.denoiser
+        blocks = [(block.attn, getattr(block, "attn2", None)) for block in model.transformer_blocks]
+        return SequenceParts(model.pos_embed, model.proj_out, [attn for pair in blocks for attn in pair if attn])
 
     def _units(self) -> Iterator[Unit]:
         model: Any = self.denoiser

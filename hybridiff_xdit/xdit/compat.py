@@ -40,7 +40,31 @@ def import_xfuser() -> ModuleType:
     # A CUDA build of torch on a machine without a GPU is no CUDA machine.
     envs._is_cuda = lambda: False
     envs.get_torch_distributed_backend = lambda: "gloo"
+    _let_sequences_split()
     return xfuser
+
+
+def _let_sequences_split() -> None:
+    """Let xDiT's sequence parallelism run on the CPU: its exchanges are plain collectives, which gloo has.
+
+    xDiT takes yunchang, of which it needs the two groups only, as absent there. Ring attention needs the logarithm of
+    the softmax's sum, which PyTorch's flash attention for the CPU gives; it stands in for the one for CUDA.
+    """
+    from yunchang.globals import PROCESS_GROUP
+
+    for name in ("xfuser.config.config", _STATE, "xfuser.core.distributed.group_coordinator"):
+        importlib.import_module(name).HAS_LONG_CTX_ATTN = True  # type: ignore[attr-defined]
+    usp: Any = importlib.import_module(_USP)
+    usp.PROCESS_GROUP = PROCESS_GROUP
+    attention: Any = importlib.import_module(_ATTENTION)
+    registry = attention.ATTENTION_FUNCTION_REGISTRY
+    registry[attention.AttentionBackendType.SDPA_FLASH] = _flash_on_cpu
+
+
+def _flash_on_cpu(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float, is_causal: bool, **kwargs: Any
+) -> Any:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, dropout_p, is_causal)
 
 
 @contextmanager
@@ -76,6 +100,9 @@ _ENVS = "xfuser.envs"
 _CONFIG = "xfuser.config"
 _GROUPS = "xfuser.core.distributed"
 _BASE = "xfuser.model_executor.pipelines.base_pipeline"
+_STATE = "xfuser.core.distributed.parallel_state"
+_USP = "xfuser.model_executor.layers.usp"
+_ATTENTION = "xfuser.core.distributed.attention_backend"
 _RUNNER = "xfuser.runner"
 _MODELS = "xfuser.model_executor.models.runner_models.base_model"
 
@@ -100,6 +127,20 @@ LEDGER = (
         _NEVER,
     ),
     Seam(_GROUPS, "get_cfg_group", (), "the group of two that hybrid-cond runs on", _NEVER),
+    Seam(_GROUPS, "get_sp_group", (), "the group that splits a branch's tokens", _NEVER),
+    Seam(
+        _USP,
+        "USP",
+        ("query", "key", "value", "joint_query", "joint_key", "joint_value", "joint_strategy"),
+        "the attention of a split sequence",
+        _NEVER,
+    ),
+    Seam(_USP, "PROCESS_GROUP", None, "set to yunchang's where there is no GPU", _CPU),
+    Seam(_CONFIG + ".config", "HAS_LONG_CTX_ATTN", None, "set where there is no GPU", _CPU),
+    Seam(_STATE, "HAS_LONG_CTX_ATTN", None, "set where there is no GPU", _CPU),
+    Seam(_GROUPS + ".group_coordinator", "HAS_LONG_CTX_ATTN", None, "set where there is no GPU", _CPU),
+    Seam(_ATTENTION, "ATTENTION_FUNCTION_REGISTRY", None, "SDPA_FLASH replaced where there is no GPU", _CPU),
+    Seam(_ATTENTION, "AttentionBackendType.SDPA_FLASH", None, "the same", _CPU),
     Seam(_GROUPS, "is_dp_last_group", (), "whether this rank hands out pictures", _NEVER),
     Seam(_GROUPS, "get_runtime_state", (), "called at the end", _NEVER),
     Seam(

@@ -25,8 +25,13 @@ PROCESS_DEGREES = (
     "pipefusion_parallel_degree",
     "tensor_parallel_degree",
 )
+SEQUENCE_DEGREES = ("ulysses_degree", "ring_degree")
 # What hybrid-cond cannot be combined with so far. The last ones would be taken in silence and do nothing.
-_EXCLUDED_DEGREES = (*PROCESS_DEGREES, "text_encoder_tp_degree", "fully_shard_degree")
+_EXCLUDED_DEGREES = (
+    *(name for name in PROCESS_DEGREES if name not in SEQUENCE_DEGREES),
+    "text_encoder_tp_degree",
+    "fully_shard_degree",
+)
 _EXCLUDED_FLAGS = (
     "use_parallel_vae",
     "use_torch_compile",
@@ -118,8 +123,9 @@ def prepare(args: argparse.Namespace, gpus: int, world_size: int | None = None) 
     if args.nproc_per_node is None:
         args.nproc_per_node = (world_size or count_processes(args)) // args.nnodes
     check_processes(args, world_size or args.nproc_per_node * args.nnodes, args.nproc_per_node, gpus)
-    if hybrid:
-        resolve(args.model)
+    split = [f"--{name}" for name in SEQUENCE_DEGREES if getattr(args, name) > 1]
+    if hybrid and resolve(args.model).family == "sdxl" and split:
+        raise ValueError(f"SDXL's U-Net has no sequence to split: drop {' and '.join(split)}.")
     return hybrid
 
 
@@ -194,15 +200,15 @@ def check_processes(args: argparse.Namespace, world_size: int, processes_here: i
     if world_size != needed:
         raise ValueError(
             f"{strategy} needs {needed} processes, not {world_size}: use --nproc_per_node={needed}"
-            + (" (hybrid-cond: one process a branch)." if args.parallel == "hybrid-cond" else ".")
+            + (" (hybrid-cond: two branches)." if args.parallel == "hybrid-cond" else ".")
         )
     if 0 < gpus < processes_here:
         raise ValueError(
             f"{strategy} starts {processes_here} processes here, one a GPU, and there are {gpus} GPUs: "
             "make more visible, or hide them all (CUDA_VISIBLE_DEVICES=) to run on the CPU."
         )
-    if not gpus:
-        split = ("ulysses_degree", "ring_degree", "pipefusion_parallel_degree")
+    if not gpus and args.parallel != "hybrid-cond":  # whose sequence parallelism `compat` makes run there
+        split = (*SEQUENCE_DEGREES, "pipefusion_parallel_degree")
         if bad := [f"--{name}" for name in split if getattr(args, name) > 1]:
             raise ValueError(
                 f"xDiT runs {' and '.join(bad)} on GPUs only, and there is none: use --parallel cfg or hybrid-cond."
@@ -212,7 +218,7 @@ def check_processes(args: argparse.Namespace, world_size: int, processes_here: i
 def read_degrees(argv: list[str]) -> argparse.Namespace:
     """The flags of xDiT's that matter to a strategy, read from an argument list whose rest is left alone."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in _EXCLUDED_DEGREES:
+    for name in (*_EXCLUDED_DEGREES, *SEQUENCE_DEGREES):
         parser.add_argument(*_spellings(name), type=int, default=1)
     for name in _EXCLUDED_FLAGS:
         details: dict[str, Any] = {} if name == "cache_method" else {"action": "store_true"}

@@ -1,8 +1,8 @@
 """xDiT's SD3 and SDXL pipelines with `hybrid-cond` in place of xDiT's CFG parallelism.
 
-With every other degree at 1, xDiT's own denoising loop does what diffusers' does, so these run the diffusers pipeline
-they wrap (as xDiT itself does on one process), with the denoiser hooked on xDiT's CFG group. Several prompts, several
-images a prompt and callbacks are then diffusers' own affair.
+These run the diffusers pipeline that xDiT's wrap (as xDiT itself does on one process), with the denoiser hooked on
+xDiT's CFG group, and its tokens split over xDiT's sequence group. Every rank has whole latents; several prompts,
+several images a prompt and callbacks are then diffusers' own affair.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from .. import HybridConfig, apply_hybrid
 from .compat import import_xfuser
 from .options import refuse_excluded
+from .sequence import sequence_split
 
 import_xfuser()
 
@@ -44,7 +45,8 @@ class HybridCond:
         _check(engine_config)
         # Past xDiT's SDXL wrapper, which would patch the U-Net for its own CFG parallelism.
         xFuserPipelineBaseWrapper.__init__(self, pipeline, engine_config)
-        apply_hybrid(self.module, self.hybrid, group=get_cfg_group().device_group, model=self.model)
+        group = get_cfg_group().device_group
+        apply_hybrid(self.module, self.hybrid, group=group, sequence=sequence_split(), model=self.model)
 
     def __call__(self, prompt: Any = None, **kwargs: Any) -> Any:
         """The diffusers pipeline's call. As in xDiT, ranks that hand out no pictures return None."""
@@ -74,7 +76,7 @@ class HybridCond:
 
 
 class HybridStableDiffusion3Pipeline(HybridCond, xFuserStableDiffusion3Pipeline):
-    """SD3 and SD3.5 on two ranks, one a branch."""
+    """SD3 and SD3.5 on two ranks or two sequence groups, one a branch."""
 
 
 class HybridStableDiffusionXLPipeline(HybridCond, xFuserStableDiffusionXLPipeline):
@@ -86,8 +88,6 @@ def _check(engine_config: EngineConfig) -> None:
     refuse_excluded(
         {
             "data_parallel_degree": parallel.dp_degree,
-            "ulysses_degree": parallel.ulysses_degree,
-            "ring_degree": parallel.ring_degree,
             "pipefusion_parallel_degree": parallel.pp_degree,
             "tensor_parallel_degree": parallel.tp_degree,
             "fully_shard_degree": parallel.fs_degree,

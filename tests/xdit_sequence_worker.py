@@ -1,0 +1,73 @@
+"""One rank of SD3 with its tokens split: ``torchrun xdit_sequence_worker.py FOLDER CHECKPOINT [flags of xDiT]``.
+
+Saves what each case gives, or the error that it raises, by its name.
+"""
+
+import sys
+from pathlib import Path
+
+import tiny
+import torch
+import torch.distributed as dist
+import xdit_tiny
+
+from hybridiff_xdit import HybridConfig, last_report, remove_hybrid
+from hybridiff_xdit.xdit.options import build_parser
+from hybridiff_xdit.xdit.pipelines import HybridStableDiffusion3Pipeline
+
+from xfuser import xFuserArgs  # isort: skip  # it imports only after ours
+from xfuser.core.distributed import get_cfg_group, get_runtime_state
+
+CASES = {
+    "cfg": HybridConfig(policy="cfg"),
+    "reuse": HybridConfig(plan="FFPPFPFFPF", guidance="reuse"),
+    "deferred": HybridConfig(plan="FFPPFSFFPF", guidance="deferred"),
+    "adaptive": HybridConfig(speedup=2.3),
+}
+
+
+def main(folder: Path, name: str, flags: list[str]) -> None:
+    flags = ["--model", str(folder / name), "--prompt", "", "--use_cfg_parallel", *flags]
+    engine_config, _ = xFuserArgs.from_cli_args(build_parser().parse_args(flags)).create_config()
+    results = {}
+
+    def load(config: HybridConfig):
+        pipe = HybridStableDiffusion3Pipeline.with_config(config).from_pretrained(
+            pretrained_model_name_or_path=folder / name, engine_config=engine_config, **xdit_tiny.ABSENT["sd3"]
+        )
+        pipe.module.set_progress_bar_config(disable=True)
+        return pipe
+
+    def latents(pipe, **kwargs):
+        # Past the wrapper, which hands pictures to the last rank only.
+        return tiny.call(pipe.module, "sd3", **kwargs)
+
+    for case, config in CASES.items():
+        pipe = load(config)
+        latents(pipe, seed=3)  # the second call must not see the first
+        results[case] = latents(pipe), last_report(pipe.module)
+    processors = lambda: {type(p).__name__ for p in pipe.module.transformer.attn_processors.values()}  # noqa: E731
+    output = pipe(**xdit_tiny.CALLS["sd3"], **xdit_tiny.COMMON, generator=xdit_tiny.generator())
+    results["groups"] = get_cfg_group().ranks, output is not None
+    results["processors"] = [processors(), remove_hybrid(pipe.module) and processors()]
+    results["plain"] = latents(pipe)
+
+    def fails(**kwargs) -> str:
+        try:
+            latents(load(CASES["deferred"]), **kwargs)
+        except (RuntimeError, ValueError) as error:
+            return str(error)
+        return "no error"
+
+    def drift(pipe, step, time, tensors):
+        return {"latents": tensors["latents"] + (0.1 if step == 3 and dist.get_rank() == 1 else 0)}
+
+    results["seed"] = fails(seed=int(dist.get_rank() in (1, dist.get_world_size() // 2 + 1)))
+    results["drift"] = fails(callback_on_step_end=drift)
+    results["tokens"] = fails(height=24, width=24)  # 6 x 6 tokens
+    torch.save(results, folder / f"{name}-{dist.get_rank()}.pt")
+    get_runtime_state().destroy_distributed_env()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
