@@ -319,7 +319,7 @@ class _Session:
             "sequence_degree": self.sequence.comm.size if self.sequence else 1,
             "versions": _versions(),
         }
-        if self.config.report is not None and self.comm.rank == 0:
+        if self.config.report is not None and self.comm.rank == 0 and not (self.sequence and self.sequence.comm.rank):
             write_report(self.report, Path(self.config.report))
 
     def _show(self, run: _Run) -> None:
@@ -465,8 +465,8 @@ def last_report(pipe: Any) -> dict[str, Any] | None:
     Keys: ``model``, ``config``, ``num_steps``, ``plan`` (letters F, P and S), ``discrepancy`` (list of [step, value],
     None where it is not finite), ``trials`` (list of [step, [[distance, pipelined, skipped], ...]], see
     `discrepancy.Trial`; empty but for the adaptive policy), ``tau_1``, ``tau_2`` (None where the policy has none),
-    ``speedup_bound`` (what splitting a branch's tokens gives, multiplies it), ``bytes_sent`` (one count a branch, to the
-    other), ``seconds_per_step`` (None where not measured), ``world_size``, ``sequence_degree``, ``versions``.
+    ``speedup_bound`` (times what splitting a branch's tokens gives), ``bytes_sent`` (one count a branch, to the other),
+    ``seconds_per_step`` (None where not measured), ``world_size``, ``sequence_degree``, ``versions``.
     """
     session = getattr(pipe, _SESSION, None)  # xDiT's wrapper of a pipeline hands the question on
     return None if session is None else session.report

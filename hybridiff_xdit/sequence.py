@@ -12,6 +12,7 @@ branches exchange. The attention itself is the host's (xDiT's Ulysses and ring).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,8 +54,8 @@ class SequenceSplit:
                 "what put it there (fused projections, an IP-Adapter, PAG), or drop --ulysses_degree and --ring_degree."
             )
         for attn in parts.attentions:
-            self._undo.append(lambda attn=attn, before=attn.processor: setattr(attn, "processor", before))
-            attn.processor = _Processor(self._attend)
+            self._undo.append(partial(setattr, attn, "processor", attn.processor))
+            attn.processor = _Processor(self._attend)  # type: ignore[assignment]
         self._undo.append(parts.embed.register_forward_hook(lambda module, args, tokens: self._shard(tokens)).remove)
         self._undo.append(parts.project.register_forward_hook(lambda module, args, tokens: self._whole(tokens)).remove)
 

@@ -37,6 +37,9 @@ def launched(monkeypatch):
         ("--parallel=hybrid-cond --use_cfg_parallel", 2),
         ("--parallel hybrid-cond --hybrid-plan=8-48/2 --hybrid_guidance reuse", 2),
         ("--parallel hybrid-cond --nproc_per_node 2", 2),
+        ("--parallel hybrid-cond --ulysses_degree 2 --ring-degree 2", 8),
+        ("--parallel hybrid-cond --data_parallel_degree 4", 8),
+        ("--parallel hybrid-cond --data_parallel_degree 2 --ulysses-degree=4", 16),
     ],
 )
 def test_processes_are_counted(launched, model, flags, processes):
@@ -78,8 +81,10 @@ def test_processes_are_counted_where_there_are_gpus(launched, model, monkeypatch
         ("--parallel hybrid", ("--parallel", "hybrid-cond")),
         ("--hybrid_policy paper", ("--hybrid_policy", "--parallel hybrid-cond")),
         ("--parallel cfg --hybrid_interval 5", ("--hybrid_interval", "--parallel hybrid-cond")),
-        ("--parallel hybrid-cond --ulysses-degree 2", ("--ulysses_degree 2", "drop it")),
-        ("--parallel hybrid-cond --data_parallel_degree=2 --use_parallel_vae", ("--use_parallel_vae", "drop them")),
+        ("--parallel hybrid-cond --pipefusion-parallel-degree 2", ("--pipefusion_parallel_degree 2", "drop it")),
+        ("--parallel hybrid-cond --tensor_parallel_degree=2 --use_parallel_vae", ("--use_parallel_vae", "drop them")),
+        ("--parallel hybrid-cond --ulysses_degree 2 --nproc_per_node 2", ("needs 4 processes, not 2",)),
+        ("--parallel hybrid-cond --model emoji-sdxl --ring_degree 2", ("--ring_degree", "no sequence", "drop")),
         ("--parallel hybrid-cond --nproc_per_node 3", ("needs 2 processes, not 3", "--nproc_per_node=2")),
         ("--parallel hybrid-cond --model nothing", ("--model nothing", "emoji-sd3")),
         ("--parallel sequence", ("--ulysses_degree", "GPU", "hybrid-cond")),

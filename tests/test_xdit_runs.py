@@ -165,10 +165,10 @@ def test_wrong_world_size(models, processes, tmp_path):
 
 
 def test_wrong_combination_under_launch(models, tmp_path):
-    flags = ("--parallel", "hybrid-cond", "--ulysses-degree", 2)
+    flags = ("--parallel", "hybrid-cond", "--pipefusion-parallel-degree", 2)
     result = launch(TESTS / "xdit_sd3_script.py", models / "sd3", *flags, cwd=tmp_path, check=False)
     assert result.returncode != 0
-    assert "cannot be combined with --ulysses_degree 2" in result.stderr
+    assert "cannot be combined with --pipefusion_parallel_degree 2" in result.stderr
 
 
 def test_runner_refuses_a_wrong_world_size(models, tmp_path):

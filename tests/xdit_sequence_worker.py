@@ -64,7 +64,7 @@ def main(folder: Path, name: str, flags: list[str]) -> None:
 
     results["seed"] = fails(seed=int(dist.get_rank() in (1, dist.get_world_size() // 2 + 1)))
     results["drift"] = fails(callback_on_step_end=drift)
-    results["tokens"] = fails(height=24, width=24)  # 6 x 6 tokens
+    results["tokens"] = fails(height=20, width=20)  # 5 x 5 tokens
     torch.save(results, folder / f"{name}-{dist.get_rank()}.pt")
     get_runtime_state().destroy_distributed_env()
 

@@ -142,6 +142,18 @@ LEDGER = (
     Seam(_ATTENTION, "ATTENTION_FUNCTION_REGISTRY", None, "SDPA_FLASH replaced where there is no GPU", _CPU),
     Seam(_ATTENTION, "AttentionBackendType.SDPA_FLASH", None, "the same", _CPU),
     Seam(_GROUPS, "is_dp_last_group", (), "whether this rank hands out pictures", _NEVER),
+    Seam(_GROUPS, "get_data_parallel_rank", (), "which share of the pictures is this rank's", _NEVER),
+    Seam(_GROUPS, "get_data_parallel_world_size", (), "in how many shares the pictures are dealt out", _NEVER),
+    Seam(_GROUPS, "get_world_group", (), "pictures are gathered on it", _NEVER),
+    Seam(_GROUPS, "runtime_state", None, "the module of the next two", _NEVER),
+    Seam(
+        _GROUPS + ".runtime_state",
+        "UnetRuntimeState.sanity_check",
+        (),
+        "overridden: it allows two ranks",
+        "xDiT's U-Net state allows data parallelism",
+    ),
+    Seam(_GROUPS + ".runtime_state", "_RUNTIME", None, "set to the state without that limit", "the same"),
     Seam(_GROUPS, "get_runtime_state", (), "called at the end", _NEVER),
     Seam(
         "xfuser.core.distributed.runtime_state",
@@ -173,6 +185,13 @@ LEDGER = (
         ("pipeline", "engine_config"),
         "called past the SDXL wrapper, whose __init__ patches the U-Net; guarded under launch",
         "xDiT's SDXL works with several prompts and images, and " + _STRATEGY,
+    ),
+    Seam(
+        _BASE,
+        "xFuserPipelineBaseWrapper._init_runtime_state",
+        ("pipeline", "engine_config"),
+        "overridden for U-Nets, to set that state",
+        "the same",
     ),
     Seam(
         _BASE,
@@ -217,6 +236,14 @@ LEDGER = (
     Seam(_MODELS, "xFuserModel._customize_settings", ("config",), "overridden: settings by checkpoint", _NEVER),
     Seam(_MODELS, "xFuserModel._load_model", (), "overridden", _NEVER),
     Seam(_MODELS, "xFuserModel._run_pipe", ("input_args",), "overridden", _NEVER),
+    Seam(
+        _MODELS,
+        "xFuserModel._split_prompts_for_dp",
+        ("input_args",),
+        "overridden: the pipelines deal out the pictures",
+        "xDiT keeps their order and draws the noise of each",
+    ),
+    Seam(_MODELS, "xFuserModel._gather_dp_outputs", ("output",), "overridden: gathered call by call", "the same"),
     Seam(_MODELS, "xFuserModel.run", ("input_args",), "overridden without a GPU: it times by CUDA events", _CPU),
     Seam(_MODELS, "xFuserModel._run_timed_pipe", ("input_args",), "overridden without a GPU: as run", _CPU),
     Seam(

@@ -7,6 +7,7 @@ import time
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from diffusers import DiffusionPipeline
 
 from .. import HybridConfig
@@ -19,6 +20,7 @@ from xfuser import (  # isort: skip  # xfuser imports only after .compat
     xFuserStableDiffusion3Pipeline,
     xFuserStableDiffusionXLPipeline,
 )
+from xfuser.core.distributed import get_data_parallel_world_size, get_world_group
 from xfuser.model_executor.models.runner_models.base_model import (
     DefaultInputValues,
     DiffusionOutput,
@@ -74,7 +76,19 @@ class _Model(xFuserModel):
             kwargs["negative_prompt"] = input_args["negative_prompt"]
         generator = torch.Generator(self.pipe._execution_device).manual_seed(input_args["seed"])
         output = self.pipe(**kwargs, generator=generator)
-        return DiffusionOutput(images=output.images if output else [], pipe_args=input_args)
+        images = output.images if output else []
+        if self.hybrid or len(input_args["prompt"]) > 1:  # xDiT's own do not deal a single prompt out
+            images = _gathered(images)
+        return DiffusionOutput(images=images, pipe_args=input_args)
+
+    # xDiT's runner would deal the prompts out in turn and put the pictures together group by group, in another order,
+    # and from ranks that have none here. The pipelines deal out every call themselves, and `_run_pipe` gathers it.
+
+    def _split_prompts_for_dp(self, input_args: dict[str, Any]) -> dict[str, Any]:
+        return input_args
+
+    def _gather_dp_outputs(self, output: DiffusionOutput) -> DiffusionOutput:
+        return output
 
     # xDiT places the pipeline on, and times with, CUDA.
 
@@ -105,6 +119,17 @@ class _Model(xFuserModel):
         return output, timings
 
 
+def _gathered(images: list[Any]) -> list[Any]:
+    """On the last rank the pictures of all data parallel groups in order, on the others this rank's."""
+    if get_data_parallel_world_size() == 1:
+        return images
+    world = get_world_group()
+    last = world.world_size - 1
+    parts: list[Any] | None = [None] * world.world_size if world.rank == last else None
+    dist.gather_object(images, parts, dst=last, group=world.cpu_group)
+    return images if parts is None else [image for part in parts for image in part]
+
+
 @register_model(REGISTERED["sd3"])
 class SD3Model(_Model):
     """SD3-medium and SD3.5."""
@@ -128,7 +153,6 @@ class SDXLModel(_Model):
     capabilities = ModelCapabilities(
         ulysses_degree=False,
         ring_degree=False,
-        data_parallel_degree=False,
         use_cfg_parallel=True,
         enable_slicing=True,
         enable_tiling=True,

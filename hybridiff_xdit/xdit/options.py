@@ -26,9 +26,10 @@ PROCESS_DEGREES = (
     "tensor_parallel_degree",
 )
 SEQUENCE_DEGREES = ("ulysses_degree", "ring_degree")
+COMBINED_DEGREES = ("data_parallel_degree", *SEQUENCE_DEGREES)
 # What hybrid-cond cannot be combined with so far. The last ones would be taken in silence and do nothing.
 _EXCLUDED_DEGREES = (
-    *(name for name in PROCESS_DEGREES if name not in SEQUENCE_DEGREES),
+    *(name for name in PROCESS_DEGREES if name not in COMBINED_DEGREES),
     "text_encoder_tp_degree",
     "fully_shard_degree",
 )
@@ -218,7 +219,7 @@ def check_processes(args: argparse.Namespace, world_size: int, processes_here: i
 def read_degrees(argv: list[str]) -> argparse.Namespace:
     """The flags of xDiT's that matter to a strategy, read from an argument list whose rest is left alone."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in (*_EXCLUDED_DEGREES, *SEQUENCE_DEGREES):
+    for name in (*_EXCLUDED_DEGREES, *COMBINED_DEGREES):
         parser.add_argument(*_spellings(name), type=int, default=1)
     for name in _EXCLUDED_FLAGS:
         details: dict[str, Any] = {} if name == "cache_method" else {"action": "store_true"}

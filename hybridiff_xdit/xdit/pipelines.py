@@ -2,17 +2,21 @@
 
 These run the diffusers pipeline that xDiT's wrap (as xDiT itself does on one process), with the denoiser hooked on
 xDiT's CFG group, and its tokens split over xDiT's sequence group. Every rank has whole latents; several prompts,
-several images a prompt and callbacks are then diffusers' own affair.
+several images a prompt and callbacks are then diffusers' own affair. Pictures are dealt out to xDiT's data parallel
+groups, each of which is such a pair of branches.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from .. import HybridConfig, apply_hybrid
+from .batch import deal
 from .compat import import_xfuser
 from .options import refuse_excluded
 from .sequence import sequence_split
@@ -25,7 +29,13 @@ from xfuser import (  # noqa: E402
     xFuserStableDiffusionXLPipeline,
 )
 from xfuser.config import InputConfig  # noqa: E402
-from xfuser.core.distributed import get_cfg_group, is_dp_last_group  # noqa: E402
+from xfuser.core.distributed import (  # noqa: E402
+    get_cfg_group,
+    get_data_parallel_rank,
+    get_data_parallel_world_size,
+    is_dp_last_group,
+    runtime_state,
+)
 from xfuser.model_executor.pipelines.base_pipeline import xFuserPipelineBaseWrapper  # noqa: E402
 
 
@@ -46,14 +56,21 @@ class HybridCond:
         # Past xDiT's SDXL wrapper, which would patch the U-Net for its own CFG parallelism.
         xFuserPipelineBaseWrapper.__init__(self, pipeline, engine_config)
         group = get_cfg_group().device_group
-        apply_hybrid(self.module, self.hybrid, group=group, sequence=sequence_split(), model=self.model)
+        hybrid = replace(self.hybrid, report=None) if get_data_parallel_rank() else self.hybrid
+        apply_hybrid(self.module, hybrid, group=group, sequence=sequence_split(), model=self.model)
 
     def __call__(self, prompt: Any = None, **kwargs: Any) -> Any:
-        """The diffusers pipeline's call. As in xDiT, ranks that hand out no pictures return None."""
+        """The diffusers pipeline's call, of this data parallel group's share of the pictures.
+
+        As in xDiT, the last rank of each group hands out the group's pictures (perhaps none), the others return None.
+        """
         is_last = is_dp_last_group()
         if not is_last:
             kwargs["output_type"] = "latent"  # what nobody will see needs no decoding
-        output = self.module(prompt, **kwargs)
+        call: dict[str, Any] | None = {"prompt": prompt, **kwargs}
+        if (groups := get_data_parallel_world_size()) > 1:
+            call = deal(self.module, {"prompt": prompt, **kwargs}, get_data_parallel_rank(), groups)
+        output = self.module(**call) if call else ImagePipelineOutput(images=[])
         return output if is_last else None
 
     def prepare_run(self, input_config: InputConfig, steps: int | None = None, sync_steps: int = 1) -> None:
@@ -82,12 +99,21 @@ class HybridStableDiffusion3Pipeline(HybridCond, xFuserStableDiffusion3Pipeline)
 class HybridStableDiffusionXLPipeline(HybridCond, xFuserStableDiffusionXLPipeline):
     """SDXL on two ranks, one a branch."""
 
+    def _init_runtime_state(self, pipeline: DiffusionPipeline, engine_config: EngineConfig) -> None:
+        runtime_state._RUNTIME = _Pairs(pipeline, engine_config)
+
+
+class _Pairs(runtime_state.UnetRuntimeState):
+    """xDiT's state for U-Nets, without its limit of two ranks: more pairs are more pictures."""
+
+    def sanity_check(self) -> None:
+        pass
+
 
 def _check(engine_config: EngineConfig) -> None:
     parallel = engine_config.parallel_config
     refuse_excluded(
         {
-            "data_parallel_degree": parallel.dp_degree,
             "pipefusion_parallel_degree": parallel.pp_degree,
             "tensor_parallel_degree": parallel.tp_degree,
             "fully_shard_degree": parallel.fs_degree,

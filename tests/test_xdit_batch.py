@@ -1,0 +1,95 @@
+"""Pictures dealt out to pairs of ranks, xDiT's data parallel groups: those of one process, in order."""
+
+import json
+
+import pytest
+import tiny
+import torch
+import xdit_tiny
+from diffusers import DiffusionPipeline
+from test_xdit_runs import TESTS, torchrun
+from xdit_batch_worker import CASES, COMMON
+
+from hybridiff_xdit.xdit.batch import Share, deal, share_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LAYOUTS = {  # processes, groups, flags
+    "2 pairs": (4, 2, ["--data_parallel_degree", 2]),
+    "4 pairs": (8, 4, ["--data_parallel_degree", 4]),
+    "2 pairs x ulysses-2": (8, 2, ["--data_parallel_degree", 2, "--ulysses_degree", 2]),
+}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def run(request, tmp_path_factory):
+    processes, groups, flags = LAYOUTS[request.param]
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("sd3", "sdxl"):
+        xdit_tiny.save(name, folder)
+    torchrun(TESTS / "xdit_batch_worker.py", folder, *flags, processes=processes)
+    ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
+    return folder, groups, ranks
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", ["sd3", "sdxl"])
+def test_they_are_the_pictures_of_one_process(run, name, case):
+    folder, groups, ranks = run
+    if (name, case) not in ranks[0]:
+        assert name == "sdxl"  # no sequence to split
+        return
+    pipe = DiffusionPipeline.from_pretrained(folder / name, **xdit_tiny.ABSENT[name])
+    expected = pipe(**CASES[case], **COMMON, generator=xdit_tiny.generator()).images
+    size = len(ranks) // groups
+    handed_out = [rank[name, case] for rank in ranks]
+    assert all((images is None) == ((i + 1) % size > 0) for i, images in enumerate(handed_out))
+    shares = [images for images in handed_out if images is not None]
+    count = -(-len(expected) // groups)
+    assert [len(share) for share in shares] == [len(part) for part in _padded(expected.split(count), groups)]
+    found = torch.cat([share for share in shares if len(share)])
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def _padded(parts, count):
+    return [*parts, *([[]] * (count - len(parts)))]
+
+
+def test_one_report_is_written(run):
+    folder, _, ranks = run
+    report = json.loads((folder / "report-sd3" / "report.json").read_text())
+    assert report["plan"] == ranks[0]["sd3", "plan"] == "F" * 6
+
+
+@pytest.mark.parametrize(
+    ("count", "groups", "shares"),
+    [
+        (4, 2, [(0, 2), (2, 4)]),
+        (5, 2, [(0, 3), (3, 5)]),
+        (1, 3, [(0, 1), (1, 1), (1, 1)]),
+        (3, 4, [(0, 1), (1, 2), (2, 3), (3, 3)]),
+    ],
+)
+def test_shares(count, groups, shares):
+    assert [share_of(count, group, groups) for group in range(groups)] == [Share(*share) for share in shares]
+
+
+def test_every_argument_is_dealt_out():
+    pipe = tiny.pipeline("sd3")
+    prompts = tiny.prompt("sd3", 3)
+    call = {**prompts, "num_images_per_prompt": 2, "height": 32, "generator": [torch.Generator() for _ in range(6)]}
+    second = deal(pipe, call, 1, 2)
+    assert second["num_images_per_prompt"] == 1 and second["height"] == 32
+    for name, tensor in prompts.items():
+        assert torch.equal(second[name], tensor[[1, 2, 2]])
+    assert second["generator"] == call["generator"][3:]
+    assert second["latents"] is None
+    latents = torch.arange(6.0)
+    second = deal(pipe, {"prompt": list("abc"), "num_images_per_prompt": 2, "latents": latents}, 1, 4)
+    assert second["prompt"] == ["b", "b"] and second["latents"].tolist() == [2, 3] and second["generator"] is None
+    assert deal(pipe, {"prompt": "a", "latents": latents[:1]}, 1, 2) is None
+
+
+def test_noise_needs_a_seed():
+    with pytest.raises(ValueError, match="--data_parallel_degree needs generator"):
+        deal(tiny.pipeline("sd3"), {"prompt": "a"}, 0, 2)
