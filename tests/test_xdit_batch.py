@@ -14,20 +14,21 @@ from hybridiff_xdit.xdit.batch import Share, deal, share_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-LAYOUTS = {  # processes, groups, flags
-    "2 pairs": (4, 2, ["--data_parallel_degree", 2]),
-    "4 pairs": (8, 4, ["--data_parallel_degree", 4]),
-    "2 pairs x ulysses-2": (8, 2, ["--data_parallel_degree", 2, "--ulysses_degree", 2]),
+LAYOUTS = {  # processes, groups, nodes, flags
+    "2 pairs": (4, 2, 1, ["--data_parallel_degree", 2]),
+    "4 pairs": (8, 4, 1, ["--data_parallel_degree", 4]),
+    "2 pairs x ulysses-2": (8, 2, 1, ["--data_parallel_degree", 2, "--ulysses_degree", 2]),
+    "ulysses-2 on 2 nodes": (4, 1, 2, ["--ulysses_degree", 2]),
 }
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def run(request, tmp_path_factory):
-    processes, groups, flags = LAYOUTS[request.param]
+    processes, groups, nodes, flags = LAYOUTS[request.param]
     folder = tmp_path_factory.mktemp("models")
     for name in ("sd3", "sdxl"):
         xdit_tiny.save(name, folder)
-    torchrun(TESTS / "xdit_batch_worker.py", folder, *flags, processes=processes)
+    torchrun(TESTS / "xdit_batch_worker.py", folder, *flags, processes=processes, nodes=nodes)
     ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
     return folder, groups, ranks
 
@@ -53,6 +54,15 @@ def test_they_are_the_pictures_of_one_process(run, name, case):
 
 def _padded(parts, count):
     return [*parts, *([[]] * (count - len(parts)))]
+
+
+def test_of_the_axes_of_a_picture_only_the_branches_cross_nodes(run):
+    *_, ranks = run
+    node = [rank["node"] for rank in ranks]
+    for rank in ranks:
+        branches, sequence = rank["ranks"]
+        assert len({node[i] for i in sequence}) == 1
+        assert len({node[i] for i in branches}) == len(set(node))
 
 
 def test_one_report_is_written(run):

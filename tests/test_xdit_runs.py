@@ -20,14 +20,31 @@ TESTS = Path(__file__).parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
 
 
-def torchrun(*command, processes=2, cwd=None, check=True):
+def torchrun(*command, processes=2, nodes=1, cwd=None, check=True):
+    """Run a command in so many processes; ``nodes`` agents start as many of them each, as on so many machines."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    run = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    result = subprocess.run([*run, *map(str, command)], env=ENV, cwd=cwd, capture_output=True, text=True, timeout=240)
-    assert not check or result.returncode == 0, result.stderr[-4000:]
-    return result
+    flags = [f"--nproc_per_node={processes // nodes}", f"--nnodes={nodes}", f"--master_port={port}"]
+    agents = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *flags, f"--node_rank={node}", *map(str, command)],
+            env=ENV,
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in range(nodes)
+    ]
+    try:
+        outputs = [agent.communicate(timeout=240) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    results = [subprocess.CompletedProcess(a.args, a.returncode, *o) for a, o in zip(agents, outputs, strict=True)]
+    assert not check or not any(result.returncode for result in results), results[0].stderr[-4000:]
+    return results[0]
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 Saves, by checkpoint and case, what each rank hands out.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hybridiff_xdit.xdit.options import build_parser
 from hybridiff_xdit.xdit.pipelines import HybridStableDiffusion3Pipeline, HybridStableDiffusionXLPipeline
 
 from xfuser import xFuserArgs  # isort: skip  # it imports only after ours
-from xfuser.core.distributed import get_runtime_state
+from xfuser.core.distributed import get_cfg_group, get_runtime_state, get_sp_group
 
 PIPELINES = {"sd3": HybridStableDiffusion3Pipeline, "sdxl": HybridStableDiffusionXLPipeline}
 CASES = {
@@ -41,6 +42,8 @@ def main(folder: Path, flags: list[str]) -> None:
             output = pipe(**call, **COMMON, generator=xdit_tiny.generator())
             results[name, case] = output and output.images
         results[name, "plan"] = (last_report(pipe.module) or {}).get("plan")
+    results["node"] = os.environ["GROUP_RANK"]
+    results["ranks"] = get_cfg_group().ranks, get_sp_group().ranks
     torch.save(results, folder / f"rank{dist.get_rank()}.pt")
     get_runtime_state().destroy_distributed_env()
 
