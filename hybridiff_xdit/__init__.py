@@ -6,8 +6,8 @@ is estimated; a SKIPPED step evaluates nothing, and both predictions are estimat
 are measured to miss decides when. Method: arXiv 2602.21760; SKIPPED steps, the estimates and the adaptive policy are
 ours.
 
-Reading order: discrepancy, sampler, plan, guidance, adaptive, policies, partition, comm, executor, hybrid; then xdit/
-for the strategy in xDiT.
+Reading order: discrepancy, sampler, plan, guidance, adaptive, policies, partition, comm, executor, sequence, hybrid;
+then xdit/ for the strategy in xDiT.
 """
 
 from .config import HybridConfig

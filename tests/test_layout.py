@@ -24,11 +24,12 @@ MAY_IMPORT = {
     "config": {"plan", "guidance", "policies"},
     "partition": set(),
     "comm": {"partition"},
+    "sequence": {"partition", "comm"},
     "executor": {"partition", "comm"},
     "report": {"plan"},
     "hybrid": {
         *("discrepancy", "sampler", "plan", "guidance", "policies", "config"),
-        *("partition", "comm", "executor", "report"),
+        *("partition", "comm", "sequence", "executor", "report"),
     },
     "checkpoints": set(),
 }
