@@ -18,7 +18,8 @@ LAYOUTS = {  # processes, groups, nodes, flags
     "2 pairs": (4, 2, 1, ["--data_parallel_degree", 2]),
     "4 pairs": (8, 4, 1, ["--data_parallel_degree", 4]),
     "2 pairs x ulysses-2": (8, 2, 1, ["--data_parallel_degree", 2, "--ulysses_degree", 2]),
-    "ulysses-2 on 2 nodes": (4, 1, 2, ["--ulysses_degree", 2]),
+    "2 pairs, their decoders split": (4, 2, 1, ["--data_parallel_degree", 2, "--use_parallel_vae"]),
+    "ulysses-2 on 2 nodes, the decoder split": (4, 1, 2, ["--ulysses_degree", 2, "--use_parallel_vae"]),
 }
 
 
@@ -30,18 +31,19 @@ def run(request, tmp_path_factory):
         xdit_tiny.save(name, folder)
     torchrun(TESTS / "xdit_batch_worker.py", folder, *flags, processes=processes, nodes=nodes)
     ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
-    return folder, groups, ranks
+    return folder, groups, ranks, "pt" if "--use_parallel_vae" in flags else "latent"
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", ["sd3", "sdxl"])
 def test_they_are_the_pictures_of_one_process(run, name, case):
-    folder, groups, ranks = run
+    folder, groups, ranks, output_type = run
     if (name, case) not in ranks[0]:
         assert name == "sdxl"  # no sequence to split
         return
     pipe = DiffusionPipeline.from_pretrained(folder / name, **xdit_tiny.ABSENT[name])
-    expected = pipe(**CASES[case], **COMMON, generator=xdit_tiny.generator()).images
+    call = {**CASES[case], **COMMON, "output_type": output_type}
+    expected = pipe(**call, generator=xdit_tiny.generator()).images
     size = len(ranks) // groups
     handed_out = [rank[name, case] for rank in ranks]
     assert all((images is None) == ((i + 1) % size > 0) for i, images in enumerate(handed_out))
@@ -57,7 +59,7 @@ def _padded(parts, count):
 
 
 def test_of_the_axes_of_a_picture_only_the_branches_cross_nodes(run):
-    *_, ranks = run
+    _, _, ranks, _ = run
     node = [rank["node"] for rank in ranks]
     for rank in ranks:
         branches, sequence = rank["ranks"]
@@ -66,7 +68,7 @@ def test_of_the_axes_of_a_picture_only_the_branches_cross_nodes(run):
 
 
 def test_one_report_is_written(run):
-    folder, _, ranks = run
+    folder, _, ranks, _ = run
     report = json.loads((folder / "report-sd3" / "report.json").read_text())
     assert report["plan"] == ranks[0]["sd3", "plan"] == "F" * 6
 

@@ -82,7 +82,7 @@ def test_processes_are_counted_where_there_are_gpus(launched, model, monkeypatch
         ("--hybrid_policy paper", ("--hybrid_policy", "--parallel hybrid-cond")),
         ("--parallel cfg --hybrid_interval 5", ("--hybrid_interval", "--parallel hybrid-cond")),
         ("--parallel hybrid-cond --pipefusion-parallel-degree 2", ("--pipefusion_parallel_degree 2", "drop it")),
-        ("--parallel hybrid-cond --tensor_parallel_degree=2 --use_parallel_vae", ("--use_parallel_vae", "drop them")),
+        ("--parallel hybrid-cond --tensor_parallel_degree=2 --use_teacache", ("--use_teacache", "drop them")),
         ("--parallel hybrid-cond --ulysses_degree 2 --nproc_per_node 2", ("needs 4 processes, not 2",)),
         ("--parallel hybrid-cond --model emoji-sdxl --ring_degree 2", ("--ring_degree", "no sequence", "drop")),
         ("--parallel hybrid-cond --nproc_per_node 3", ("needs 2 processes, not 3", "--nproc_per_node=2")),

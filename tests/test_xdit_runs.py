@@ -9,10 +9,12 @@ import time
 from importlib.metadata import files
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import xdit_tiny
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -140,6 +142,20 @@ def test_cli_makes_a_picture_and_a_report(models, tmp_path):
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["plan"] == "FFFPFPFPFF"
     assert report["model"] == str(models / "sd3")
+
+
+def test_cli_deals_pictures_out(models, tmp_path):
+    prompts = ["a cat", "two dogs", "red"]
+    command = [sys.executable, "-m", "hybridiff_xdit.xdit.cli", "--model", str(models / "sdxl"), "--prompt", *prompts]
+    command += ["--parallel", "hybrid-cond", "--hybrid_policy", "cfg", "--data_parallel_degree", "2"]
+    command += ["--use_parallel_vae", "--num_inference_steps", "6", "--guidance_scale", "5", "--seed", "42"]
+    result = subprocess.run(command, env=ENV, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-4000:]
+    size = {"height": 32, "width": 32, "num_inference_steps": 6, "guidance_scale": 5, "output_type": "np"}
+    expected = load(models, "sdxl")(prompts, **size, generator=xdit_tiny.generator()).images
+    for i, picture in enumerate(expected):
+        found = Image.open(tmp_path / f"sdxl_hybrid-cond_u1r1_tc_False_32x32_{i}.png")
+        assert abs(np.asarray(found) - 255 * picture).max() < 1  # one 8-bit level
 
 
 def launch(script, model, *flags, cwd, **kwargs):

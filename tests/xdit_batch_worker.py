@@ -29,6 +29,7 @@ COMMON = {**xdit_tiny.COMMON, "num_inference_steps": 6, "guidance_scale": 5.0}
 
 def main(folder: Path, flags: list[str]) -> None:
     results = {}
+    common = COMMON | ({"output_type": "pt"} if "--use_parallel_vae" in flags else {})
     for name, base in PIPELINES.items():
         if name == "sdxl" and "--ulysses_degree" in flags:
             continue
@@ -39,7 +40,7 @@ def main(folder: Path, flags: list[str]) -> None:
         )
         pipe.module.set_progress_bar_config(disable=True)
         for case, call in CASES.items():
-            output = pipe(**call, **COMMON, generator=xdit_tiny.generator())
+            output = pipe(**call, **common, generator=xdit_tiny.generator())
             results[name, case] = output and output.images
         results[name, "plan"] = (last_report(pipe.module) or {}).get("plan")
     results["node"] = os.environ["GROUP_RANK"]

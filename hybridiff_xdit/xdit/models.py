@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from diffusers import DiffusionPipeline
 from .. import HybridConfig
 from ..checkpoints import Checkpoint, resolve
 from .compat import has_accelerator
-from .pipelines import HybridStableDiffusion3Pipeline, HybridStableDiffusionXLPipeline
+from .pipelines import HybridStableDiffusion3Pipeline, HybridStableDiffusionXLPipeline, many_pairs
 
 from xfuser import (  # isort: skip  # xfuser imports only after .compat
     xFuserArgs,
@@ -90,6 +91,14 @@ class _Model(xFuserModel):
     def _gather_dp_outputs(self, output: DiffusionOutput) -> DiffusionOutput:
         return output
 
+    def initialize(self, input_args: dict[str, Any]) -> None:
+        # The pipeline's wrapper splits the VAE's decoder, and xDiT's runner would do it once more.
+        if hasattr(self, "_vae_manager"):
+            self._vae_manager.setup_parallel_vae = lambda vaes: None
+        # And the runner makes the runtime state again, past the wrapper.
+        with many_pairs() if self.hybrid else nullcontext():
+            super().initialize(input_args)
+
     # xDiT places the pipeline on, and times with, CUDA.
 
     def _post_load_and_state_initialization(self, input_args: dict[str, Any]) -> None:
@@ -139,6 +148,7 @@ class SD3Model(_Model):
     capabilities = ModelCapabilities(
         pipefusion_parallel_degree=True,
         use_cfg_parallel=True,
+        use_parallel_vae=True,
         enable_slicing=True,
         enable_tiling=True,
     )
@@ -154,6 +164,7 @@ class SDXLModel(_Model):
         ulysses_degree=False,
         ring_degree=False,
         use_cfg_parallel=True,
+        use_parallel_vae=True,
         enable_slicing=True,
         enable_tiling=True,
     )

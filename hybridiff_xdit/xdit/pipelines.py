@@ -8,6 +8,8 @@ groups, each of which is such a pair of branches.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -45,6 +47,7 @@ class HybridCond:
     hybrid = HybridConfig()
     model: str | None = None
     module: Any  # the diffusers pipeline
+    engine_config: EngineConfig
 
     @classmethod
     def with_config(cls, hybrid: HybridConfig, model: str | None = None) -> Any:
@@ -65,7 +68,7 @@ class HybridCond:
         As in xDiT, the last rank of each group hands out the group's pictures (perhaps none), the others return None.
         """
         is_last = is_dp_last_group()
-        if not is_last:
+        if not is_last and not self.engine_config.runtime_config.use_parallel_vae:
             kwargs["output_type"] = "latent"  # what nobody will see needs no decoding
         call: dict[str, Any] | None = {"prompt": prompt, **kwargs}
         if (groups := get_data_parallel_world_size()) > 1:
@@ -100,14 +103,19 @@ class HybridStableDiffusionXLPipeline(HybridCond, xFuserStableDiffusionXLPipelin
     """SDXL on two ranks, one a branch."""
 
     def _init_runtime_state(self, pipeline: DiffusionPipeline, engine_config: EngineConfig) -> None:
-        runtime_state._RUNTIME = _Pairs(pipeline, engine_config)
+        with many_pairs():
+            super()._init_runtime_state(pipeline, engine_config)
 
 
-class _Pairs(runtime_state.UnetRuntimeState):
-    """xDiT's state for U-Nets, without its limit of two ranks: more pairs are more pictures."""
-
-    def sanity_check(self) -> None:
-        pass
+@contextmanager
+def many_pairs() -> Iterator[None]:
+    """Meanwhile xDiT's state for U-Nets is made without its limit of two ranks: more pairs make more pictures."""
+    limited = runtime_state.UnetRuntimeState
+    runtime_state.UnetRuntimeState = type(limited.__name__, (limited,), {"sanity_check": lambda self: None})
+    try:
+        yield
+    finally:
+        runtime_state.UnetRuntimeState = limited
 
 
 def _check(engine_config: EngineConfig) -> None:
@@ -117,7 +125,6 @@ def _check(engine_config: EngineConfig) -> None:
             "pipefusion_parallel_degree": parallel.pp_degree,
             "tensor_parallel_degree": parallel.tp_degree,
             "fully_shard_degree": parallel.fs_degree,
-            "use_parallel_vae": parallel.use_parallel_vae,
             "use_torch_compile": engine_config.runtime_config.use_torch_compile,
             "use_fast_attn": engine_config.fast_attn_config.use_fast_attn,
         }
