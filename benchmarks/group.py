@@ -1,9 +1,14 @@
 """Joining the process group that torchrun describes: a GPU a process with NCCL, or the CPU with gloo."""
 
+from __future__ import annotations
+
 import os
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from hybridiff_xdit.sequence import SequenceSplit
 
 
 def join() -> torch.device:
@@ -15,3 +20,43 @@ def join() -> torch.device:
     torch.cuda.set_device(device)
     dist.init_process_group("nccl")
     return device
+
+
+class Place(NamedTuple):
+    """Where this rank stands among N: in one of N / 2 pairs of branches, and in one of two groups that split a branch.
+
+    Attributes:
+        pair: this rank and the one of equal place in the other branch.
+        first: whether that is the first pair.
+    """
+
+    pair: dist.ProcessGroup
+    first: bool
+
+    @classmethod
+    def of(cls) -> Place:
+        """Of all ranks; the first half is uncond, the second cond, as in xDiT."""
+        size = dist.get_world_size()
+        if size % 2:
+            raise SystemExit(f"{size} processes: use an even --nproc_per_node, one process a branch or more.")
+        pairs = [dist.new_group([i, i + size // 2]) for i in range(size // 2)]
+        place = dist.get_rank() % (size // 2)
+        return cls(pairs[place], place == 0)
+
+
+def ulysses(pipe: Any) -> SequenceSplit:
+    """A split of a branch's tokens over half of the ranks, by xDiT's Ulysses attention on xDiT's groups."""
+    from hybridiff_xdit.xdit.sequence import sequence_split  # it makes xfuser importable without a GPU
+
+    from xfuser import xFuserArgs  # isort: skip
+    from xfuser.core import distributed
+
+    degree = dist.get_world_size() // 2
+    if not distributed.model_parallel_is_initialized():
+        distributed.init_distributed_environment(backend=dist.get_backend())
+    engine_config, _ = xFuserArgs(model="", use_cfg_parallel=True, ulysses_degree=degree).create_config()
+    distributed.initialize_runtime_state(pipe, engine_config)
+    split = sequence_split()
+    if split is None:
+        raise SystemExit("The strategies with ulysses need 4 processes or more: --nproc_per_node 4.")
+    return split

@@ -9,13 +9,13 @@ from pathlib import Path
 def table(lines: list[dict]) -> str:
     """The table, one row a scenario and strategy; speed-up is over ``one-gpu`` of the same scenario and run."""
     rows = [
-        "| scenario | strategy | s per image, median (min - max) | over one GPU | bound | FULL + PIPELINED + SKIPPED "
+        "| scenario | strategy | s per picture, median (min - max) | over one GPU | bound | FULL + PIPELINED + SKIPPED "
         "| MB sent, rank 0 / 1 | peak GiB, rank 0 / 1 |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     one_gpu = {line["scenario"]: line["seconds"] for line in lines if line["strategy"] == "one-gpu"}
     for line in lines:
-        seconds, plan = line["seconds"], line["plan"] or ""
+        seconds, plan = [second / line.get("pictures", 1) for second in line["seconds"]], line["plan"] or ""
         base = one_gpu.get(line["scenario"])
         speedup = f"{statistics.median(base) / statistics.median(seconds):.2f}" if base else ""
         kinds = " + ".join(str(plan.count(letter)) for letter in "FPS") if plan else ""

@@ -1,10 +1,13 @@
 """Time the strategies beside one another, in one run on the same devices.
 
     torchrun --nproc_per_node 2 benchmarks/run.py --scenario sdxl-1024 sd3-medium-1024 --out times.jsonl
+    torchrun --nproc_per_node 8 benchmarks/run.py --strategy one-gpu cfg "cfg, ulysses" "adaptive 2.5, pairs"
     python benchmarks/report.py times.jsonl
 
 Every repeat times each strategy once, in turn, so that a drift of the machine falls on all alike. The baseline
-``one-gpu`` is the pipeline as it is, on rank 0, while rank 1 waits on the host.
+``one-gpu`` is the pipeline as it is, on rank 0, while the others wait on the host. On more than two ranks a strategy
+runs on the first pair, or with ``ulysses`` on all of them for one picture (MMDiTs), or with ``pairs`` on all for a
+picture a pair.
 """
 
 from __future__ import annotations
@@ -26,8 +29,7 @@ from scenarios import SCENARIOS
 
 from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
 
-STRATEGIES: dict[str, HybridConfig | None] = {
-    "one-gpu": None,
+CONFIGS: dict[str, HybridConfig] = {
     "cfg": HybridConfig(policy="cfg"),
     "paper": HybridConfig(policy="paper"),
     "fixed 8-48/2": HybridConfig(plan="8-48/2"),
@@ -35,6 +37,8 @@ STRATEGIES: dict[str, HybridConfig | None] = {
     "adaptive 2.5": HybridConfig(speedup=2.5),
     "adaptive 2.85": HybridConfig(speedup=2.85),
 }
+LAYOUTS = ("", ", ulysses", ", pairs")
+STRATEGIES = ("one-gpu", *(f"{name}{layout}" for layout in LAYOUTS for name in CONFIGS))
 
 
 def main() -> None:
@@ -47,6 +51,7 @@ def main() -> None:
     args = parser.parse_args()
 
     device = group.join()
+    place = group.Place.of()
     is_gpu = device.type == "cuda"
     dtype = torch.float16 if is_gpu else torch.float32
     host = dist.new_group(backend="gloo")
@@ -56,17 +61,23 @@ def main() -> None:
         scenario = SCENARIOS[name]
         pipe = scenario.pipeline(device, dtype)
         arguments = dict(scenario.arguments(device, dtype), num_inference_steps=args.steps)
-        measured: dict[str, Any] = {strategy: [] for strategy in args.strategy}
+        chosen = [name for name in args.strategy if scenario.family == "mmdit" or not name.endswith("ulysses")]
+        split = group.ulysses(pipe) if any(name.endswith("ulysses") for name in chosen) else None
+        measured: dict[str, Any] = {strategy: [] for strategy in chosen}
         reports = {}
         for repeat in range(-1, args.repeats):  # the first round is the warm-up
-            for strategy in args.strategy:
-                config = STRATEGIES[strategy]
-                remove_hybrid(pipe) if config is None else apply_hybrid(pipe, config, model=name)
-                call = partial(_call, pipe, arguments) if config or dist.get_rank() == 0 else _wait
-                sample = _time(call, device, host)
+            for strategy in chosen:
+                config, _, layout = strategy.partition(", ")
+                remove_hybrid(pipe)
+                if is_busy := dist.get_rank() == 0 if strategy == "one-gpu" else layout or place.first:
+                    sequence = split if layout == "ulysses" else None
+                    if strategy != "one-gpu":
+                        apply_hybrid(pipe, CONFIGS[config], group=place.pair, sequence=sequence, model=name)
+                sample = _time(partial(_call, pipe, arguments) if is_busy else _wait, device, host)
                 if repeat >= 0:
                     measured[strategy].append(sample)
                 reports[strategy] = last_report(pipe)
+                remove_hybrid(pipe)
         for strategy, samples in measured.items():
             gathered: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, samples, group=host)
@@ -76,6 +87,7 @@ def main() -> None:
                     "scenario": name,
                     "strategy": strategy,
                     "steps": args.steps,
+                    "pictures": dist.get_world_size() // 2 if strategy.endswith("pairs") else 1,
                     "device": torch.cuda.get_device_name() if is_gpu else platform.machine(),
                     "dtype": str(dtype).removeprefix("torch."),
                     "torch": torch.__version__,
@@ -88,7 +100,7 @@ def main() -> None:
                     "bytes_sent": report and report["bytes_sent"],
                 }
             )
-        del pipe, call
+        del pipe
         if is_gpu:
             torch.cuda.empty_cache()
     if dist.get_rank() == 0:
@@ -101,7 +113,7 @@ def _call(pipe: Any, arguments: dict[str, Any]) -> None:
 
 
 def _wait() -> None:
-    """The other rank's share of a one-GPU run."""
+    """The share of the ranks that have none."""
 
 
 def _time(function: Callable[[], None], device: torch.device, host: dist.ProcessGroup) -> tuple[float, int]:

@@ -1,0 +1,34 @@
+"""The speed benchmark at a tiny size, on four gloo ranks: that it measures what it says, not how fast that is."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from test_xdit_runs import ENV, torchrun
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+STRATEGIES = ["one-gpu", "paper", "cfg, ulysses", "adaptive 2.5, pairs"]
+
+
+def test_every_strategy_is_timed_and_reported(tmp_path):
+    out = tmp_path / "times.jsonl"
+    flags = ("--steps", 10, "--repeats", 2, "--out", out, "--strategy", *STRATEGIES)
+    torchrun(BENCHMARKS / "run.py", "--scenario", "sdxl-tiny", "sd3-tiny", *flags, processes=4)
+    lines = {(line["scenario"], line["strategy"]): line for line in map(json.loads, out.read_text().splitlines())}
+    without = {("sdxl-tiny", "cfg, ulysses")}  # a U-Net has no sequence
+    assert lines.keys() == {(name, s) for name in ("sdxl-tiny", "sd3-tiny") for s in STRATEGIES} - without
+    for (_, strategy), line in lines.items():
+        assert len(line["seconds"]) == 2 and min(line["seconds"]) > 0
+        assert line["pictures"] == (2 if strategy.endswith("pairs") else 1)
+        assert (line["plan"] is None) == (strategy == "one-gpu")
+    assert lines["sd3-tiny", "cfg, ulysses"]["plan"] == "F" * 10
+    assert lines["sd3-tiny", "paper"]["plan"].count("P") == 1  # k = 5 of 50 steps
+    assert lines["sdxl-tiny", "adaptive 2.5, pairs"]["speedup_bound"] >= 2.5
+    table = subprocess.run(
+        [sys.executable, BENCHMARKS / "report.py", out], env=ENV, capture_output=True, text=True, check=True
+    ).stdout
+    rows = [row for row in table.splitlines() if row.startswith("| sd")]
+    assert len(rows) == len(lines)
+    seconds = lines["sdxl-tiny", "adaptive 2.5, pairs"]["seconds"]
+    assert f"| sdxl-tiny | adaptive 2.5, pairs | {sum(seconds) / 4:.2f} (" in table  # a pair makes half of the pictures
