@@ -89,7 +89,13 @@ class Executor:
             if self.sequence is not None:  # if some ranks stopped and others went on, these would wait for ever
                 sums = torch.cat(self.sequence.all_gather(sums))
             drifted = (sums != sums[0]).any()
+        if self._capture is not None and self._captured is None:
+            raise RuntimeError(
+                "hybrid-cond: the denoiser's forward did not call the block that ends a stage as a module. Compile the "
+                "blocks' forwards (block.forward = torch.compile(block.forward)) instead of the whole denoiser."
+            )
         self._learn(time, self._captured)
+        self._captured = None
         self._prediction = pred
         return Exchange(pred_u, pred_c, drifted)
 

@@ -232,7 +232,8 @@ class Anatomy(ABC):
         flops, shapes = [], []
         fakes = FakeTensorMode(allow_non_fake_inputs=True)
         counter = FlopCounterMode(display=False)
-        with torch.no_grad(), fakes, counter, sdpa_kernel(SDPBackend.MATH), self.lora_scale(inputs) as inputs:
+        plain = torch.compiler.set_stance("force_eager")  # compiled blocks are counted as they are
+        with torch.no_grad(), plain, fakes, counter, sdpa_kernel(SDPBackend.MATH), self.lora_scale(inputs) as inputs:
             activation = self.start(map_tensors(fakes.from_tensor, inputs))
             for unit in self.units:
                 before = counter.get_total_flops()

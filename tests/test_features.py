@@ -483,3 +483,28 @@ def test_one_rank_is_the_plain_result_and_one_warning():
     assert state(pipe, pipe.transformer) == before
     assert len(texts) == 1 and "two ranks" in texts[0]
     assert last_report(pipe) is None
+
+
+@pytest.mark.parametrize("name", ["sd3", "sdxl"])
+def test_compiled_blocks(name):
+    """Graphs are traced (dynamo), and run by PyTorch itself; the partition is counted with the blocks as they are."""
+    from hybridiff_xdit.xdit.pipelines import compile_blocks
+
+    pipe = tiny.PIPELINES[name]()  # compiled for good
+    pipe.set_progress_bar_config(disable=True)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_blocks(pipe.unet if name == "sdxl" else pipe.transformer, backend=backend)
+    for plan in ("FFPPFSFFPF", "FFFPPFFSFF"):
+        apply_hybrid(pipe, HybridConfig(plan=plan, guidance="deferred"), simulate=True)
+        found = tiny.call(pipe, name)
+        remove_hybrid(pipe)
+        expected, _ = oracle.denoise(
+            tiny.pipeline(name), tiny.prompt(name), tiny.noise(name), plan=plan, rule="deferred", cut=oracle.CUTS[name]
+        )
+        assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert graphs

@@ -211,7 +211,7 @@ def test_the_pipelines_check_the_degrees():
     def engine(**changes):
         degrees = {f"{name}_degree": 1 for name in ("dp", "ulysses", "ring", "pp", "tp", "fs")}
         parallel = SimpleNamespace(**{**degrees, "cfg_degree": 2, "use_parallel_vae": False, **changes})
-        off = SimpleNamespace(use_torch_compile=False, use_fast_attn=False)
+        off = SimpleNamespace(use_fast_attn=False)
         return SimpleNamespace(parallel_config=parallel, runtime_config=off, fast_attn_config=off)
 
     pipelines._check(engine())

@@ -239,6 +239,13 @@ LEDGER = (
         "overridden: it makes the runtime state once more, and splits the VAE's decoder once more",
         "the runner leaves both to the pipeline's wrapper where there is one",
     ),
+    Seam(
+        _MODELS,
+        "xFuserModel._compile_model",
+        ("input_args",),
+        "overridden: it compiles the whole denoiser, whose forward is hooked",
+        "the runner leaves it to the pipeline's wrapper where there is one",
+    ),
     Seam(_MODELS, "xFuserModel._customize_settings", ("config",), "overridden: settings by checkpoint", _NEVER),
     Seam(_MODELS, "xFuserModel._load_model", (), "overridden", _NEVER),
     Seam(_MODELS, "xFuserModel._run_pipe", ("input_args",), "overridden", _NEVER),

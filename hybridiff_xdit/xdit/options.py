@@ -34,7 +34,6 @@ _EXCLUDED_DEGREES = (
     "fully_shard_degree",
 )
 _EXCLUDED_FLAGS = (
-    "use_torch_compile",
     "use_onediff",
     "use_fast_attn",
     "use_teacache",

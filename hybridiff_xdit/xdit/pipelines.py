@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from .. import HybridConfig, apply_hybrid
+from ..hybrid import denoiser_of
 from .batch import deal
 from .compat import import_xfuser
 from .options import refuse_excluded
@@ -58,6 +59,8 @@ class HybridCond:
         _check(engine_config)
         # Past xDiT's SDXL wrapper, which would patch the U-Net for its own CFG parallelism.
         xFuserPipelineBaseWrapper.__init__(self, pipeline, engine_config)
+        if engine_config.runtime_config.use_torch_compile:
+            compile_blocks(denoiser_of(self.module))
         group = get_cfg_group().device_group
         hybrid = replace(self.hybrid, report=None) if get_data_parallel_rank() else self.hybrid
         apply_hybrid(self.module, hybrid, group=group, sequence=sequence_split(), model=self.model)
@@ -107,6 +110,22 @@ class HybridStableDiffusionXLPipeline(HybridCond, xFuserStableDiffusionXLPipelin
             super()._init_runtime_state(pipeline, engine_config)
 
 
+def compile_blocks(denoiser: torch.nn.Module, **options: Any) -> None:
+    """Compile a denoiser's transformer blocks one by one, with ``torch.compile(..., **options)``.
+
+    Their forwards, not the modules: what chooses the steps stays Python, and so do the hooks that watch a block.
+    """
+    import torch._inductor.config
+
+    # The ranks evaluate different blocks at different times; this check would have them compare their graphs.
+    distributed: Any = getattr(torch._inductor.config, "aten_distributed_optimizations", None)
+    if hasattr(distributed, "spmd_check"):
+        distributed.spmd_check = False
+    for module in denoiser.modules():
+        if type(module).__name__ in ("JointTransformerBlock", "BasicTransformerBlock"):
+            module.forward = torch.compile(module.forward, **options)
+
+
 @contextmanager
 def many_pairs() -> Iterator[None]:
     """Meanwhile xDiT's state for U-Nets is made without its limit of two ranks: more pairs make more pictures."""
@@ -125,7 +144,6 @@ def _check(engine_config: EngineConfig) -> None:
             "pipefusion_parallel_degree": parallel.pp_degree,
             "tensor_parallel_degree": parallel.tp_degree,
             "fully_shard_degree": parallel.fs_degree,
-            "use_torch_compile": engine_config.runtime_config.use_torch_compile,
             "use_fast_attn": engine_config.fast_attn_config.use_fast_attn,
         }
     )
