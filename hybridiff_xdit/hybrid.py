@@ -93,7 +93,8 @@ class _Session:
         self.scheduler: Any = None
         if sequence is not None:
             sequence.apply(anatomy.sequence_parts())
-        self.forward = self._replace(self.denoiser, "forward", self._forward)
+        # A denoiser compiled as a whole calls this as it is: what kind a step is, is no matter for a graph.
+        self.forward = self._replace(self.denoiser, "forward", torch.compiler.disable(self._forward))
         self.progress_bar = self._replace(pipe, "progress_bar", self._progress_bar)
         self._watch_scheduler()
 
@@ -341,13 +342,20 @@ def denoiser_of(pipe: Any) -> torch.nn.Module:
     Raises:
         ValueError: it has none, or does not do classifier-free guidance.
     """
-    denoiser = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
+    parts = (getattr(pipe, name, None) for name in ("transformer", "unet"))
+    denoiser = next((part for part in parts if part is not None), None)
     if denoiser is None or not hasattr(type(pipe), "do_classifier_free_guidance"):
         raise ValueError(
             f"hybrid-cond needs a pipeline that does classifier-free guidance with a `unet` or a `transformer`; "
             f"{type(pipe).__name__} is none."
         )
-    return denoiser
+    original = getattr(denoiser, "_orig_mod", denoiser)
+    if original is not denoiser or original._compiled_call_impl is not None:
+        logger.warning(
+            "hybrid-cond answers the denoiser's calls itself, so that compiling the whole denoiser has no effect. "
+            "Compile its blocks: block.forward = torch.compile(block.forward)."
+        )
+    return original
 
 
 def _branches(inputs: Inputs) -> dict[Branch, Inputs]:

@@ -508,3 +508,22 @@ def test_compiled_blocks(name):
         )
         assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
     assert graphs
+
+
+@pytest.mark.parametrize("how", ["module", "wrapper", "afterwards"])
+def test_a_denoiser_compiled_as_a_whole_runs_as_it_is(how, caplog):
+    pipe = tiny.PIPELINES["sd3"]()
+    pipe.set_progress_bar_config(disable=True)
+    if how == "module":
+        pipe.transformer.compile(backend="eager")
+    if how == "wrapper":
+        pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    apply_hybrid(pipe, HybridConfig(plan="FFPPFSFFPF"), simulate=True)
+    if how == "afterwards":
+        pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    found = tiny.call(pipe, "sd3")
+    assert ("compiling the whole denoiser has no effect" in caplog.text) == (how != "afterwards")
+    expected, _ = oracle.denoise(
+        tiny.pipeline("sd3"), tiny.prompt("sd3"), tiny.noise("sd3"), plan="FFPPFSFFPF", rule="deferred", cut=2
+    )
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()

@@ -84,6 +84,11 @@ def test_processes_are_counted_where_there_are_gpus(launched, model, monkeypatch
         ("--parallel hybrid-cond --pipefusion-parallel-degree 2", ("--pipefusion_parallel_degree 2", "drop it")),
         ("--parallel hybrid-cond --tensor_parallel_degree=2 --use_teacache", ("--use_teacache", "drop them")),
         ("--parallel hybrid-cond --ulysses_degree 2 --nproc_per_node 2", ("needs 4 processes, not 2",)),
+        ("--parallel hybrid-cond --nproc_per_node 8", ("--ulysses_degree 4 (", "--data_parallel_degree 4 (")),
+        (
+            "--parallel hybrid-cond --ulysses_degree 2 --nproc_per_node 8",
+            ("--ulysses_degree 4", "_parallel_degree 2 ("),
+        ),
         ("--parallel hybrid-cond --model emoji-sdxl --ring_degree 2", ("--ring_degree", "no sequence", "drop")),
         ("--parallel hybrid-cond --nproc_per_node 3", ("needs 2 processes, not 3", "--nproc_per_node=2")),
         ("--parallel hybrid-cond --model nothing", ("--model nothing", "emoji-sd3")),

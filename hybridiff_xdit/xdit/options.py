@@ -197,10 +197,12 @@ def check_processes(args: argparse.Namespace, world_size: int, processes_here: i
     needed = count_processes(args)
     strategy = f"--parallel {args.parallel}" if args.parallel else "the parallel degrees"
     if world_size != needed:
-        raise ValueError(
-            f"{strategy} needs {needed} processes, not {world_size}: use --nproc_per_node={needed}"
-            + (" (hybrid-cond: two branches)." if args.parallel == "hybrid-cond" else ".")
-        )
+        mend = f"use --nproc_per_node={needed}"
+        if args.parallel == "hybrid-cond" and world_size % needed == 0:
+            more = world_size // needed
+            degrees = [f"--{name} {more * getattr(args, name)}" for name in ("ulysses_degree", "data_parallel_degree")]
+            mend += f", or {degrees[0]} (one picture of an MMDiT), or {degrees[1]} (several pictures at once)"
+        raise ValueError(f"{strategy} needs {needed} processes, not {world_size}: {mend}.")
     if 0 < gpus < processes_here:
         raise ValueError(
             f"{strategy} starts {processes_here} processes here, one a GPU, and there are {gpus} GPUs: "
