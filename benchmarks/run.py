@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -47,6 +48,9 @@ def main() -> None:
     parser.add_argument("--strategy", nargs="+", choices=STRATEGIES, default=["one-gpu", "cfg", "paper"])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--trace", type=Path, metavar="DIR", help="one more, profiled: a Chrome trace a strategy and rank"
+    )
     parser.add_argument("--out", type=Path, default=Path("times.jsonl"), help="one JSON line a scenario and strategy")
     args = parser.parse_args()
 
@@ -65,7 +69,7 @@ def main() -> None:
         split = group.ulysses(pipe) if any(name.endswith("ulysses") for name in chosen) else None
         measured: dict[str, Any] = {strategy: [] for strategy in chosen}
         reports = {}
-        for repeat in range(-1, args.repeats):  # the first round is the warm-up
+        for turn in ["warm-up", *["timed"] * args.repeats, *(["traced"] if args.trace else [])]:
             for strategy in chosen:
                 config, _, layout = strategy.partition(", ")
                 remove_hybrid(pipe)
@@ -73,8 +77,12 @@ def main() -> None:
                     sequence = split if layout == "ulysses" else None
                     if strategy != "one-gpu":
                         apply_hybrid(pipe, CONFIGS[config], group=place.pair, sequence=sequence, model=name)
-                sample = _time(partial(_call, pipe, arguments) if is_busy else _wait, device, host)
-                if repeat >= 0:
+                call = partial(_call, pipe, arguments) if is_busy else _wait
+                if turn == "traced":
+                    label = re.sub(r"[^\w.-]+", "_", f"{name} {strategy} rank {dist.get_rank()}")
+                    call = partial(_traced, call, args.trace / f"{label}.json")
+                sample = _time(call, device, host)
+                if turn == "timed":
                     measured[strategy].append(sample)
                 reports[strategy] = last_report(pipe)
                 remove_hybrid(pipe)
@@ -110,6 +118,14 @@ def main() -> None:
 
 def _call(pipe: Any, arguments: dict[str, Any]) -> None:
     pipe(**arguments, generator=torch.Generator().manual_seed(0))
+
+
+def _traced(function: Callable[[], None], file: Path) -> None:
+    """Profile; steps are labelled with their kind. Open the file in chrome://tracing or https://ui.perfetto.dev."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with torch.profiler.profile() as profiler:
+        function()
+    profiler.export_chrome_trace(str(file))
 
 
 def _wait() -> None:

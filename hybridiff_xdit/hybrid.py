@@ -186,6 +186,17 @@ class _Session:
         # Guidance that was off for a step leaves nothing to go on from: every rank sees that and evaluates FULL.
         if not run.is_known:
             kind = FULL
+        with torch.profiler.record_function(f"step {step} {kind.name}"):
+            pair = self._answer(run, kind, branches, inputs, guidance)
+        run.kinds.append(kind)
+        self._show(run)
+        return pair
+
+    def _answer(
+        self, run: _Run, kind: StepKind, branches: dict[Branch, Inputs], inputs: Inputs, guidance: float
+    ) -> Pair:
+        """(pred_u, pred_c) of a step of this kind."""
+        step = run.step
         if kind is SKIPPED:
             pair = run.rule.skipped(step, guidance)
         elif kind is PIPELINED:
@@ -207,8 +218,6 @@ class _Session:
             # Reading makes the host wait for the GPU. What the policy needs is read when the next step begins, with the
             # scheduler's kernels queued behind this step's; the rest a FULL step late.
             self._read(run, keep=0 if drifted.device.type == "cpu" else 1)
-        run.kinds.append(kind)
-        self._show(run)
         return pair
 
     def _read(self, run: _Run, keep: int) -> None:

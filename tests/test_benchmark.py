@@ -1,6 +1,7 @@
 """The speed benchmark at a tiny size, on four gloo ranks: that it measures what it says, not how fast that is."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ STRATEGIES = ["one-gpu", "paper", "cfg, ulysses", "adaptive 2.5, pairs"]
 
 def test_every_strategy_is_timed_and_reported(tmp_path):
     out = tmp_path / "times.jsonl"
-    flags = ("--steps", 10, "--repeats", 2, "--out", out, "--strategy", *STRATEGIES)
+    flags = ("--steps", 10, "--repeats", 2, "--out", out, "--trace", tmp_path / "traces", "--strategy", *STRATEGIES)
     torchrun(BENCHMARKS / "run.py", "--scenario", "sdxl-tiny", "sd3-tiny", *flags, processes=4)
     lines = {(line["scenario"], line["strategy"]): line for line in map(json.loads, out.read_text().splitlines())}
     without = {("sdxl-tiny", "cfg, ulysses")}  # a U-Net has no sequence
@@ -25,6 +26,11 @@ def test_every_strategy_is_timed_and_reported(tmp_path):
     assert lines["sd3-tiny", "cfg, ulysses"]["plan"] == "F" * 10
     assert lines["sd3-tiny", "paper"]["plan"].count("P") == 1  # k = 5 of 50 steps
     assert lines["sdxl-tiny", "adaptive 2.5, pairs"]["speedup_bound"] >= 2.5
+    assert len(list((tmp_path / "traces").iterdir())) == 4 * len(lines)
+    trace = json.loads((tmp_path / "traces" / "sdxl-tiny_adaptive_2.5_pairs_rank_3.json").read_text())
+    labels = [event["name"] for event in trace["traceEvents"] if re.fullmatch(r"step \d+ [A-Z]+", event["name"])]
+    plan = lines["sdxl-tiny", "adaptive 2.5, pairs"]["plan"]
+    assert [label.split()[2][0] for label in labels] == list(plan)
     table = subprocess.run(
         [sys.executable, BENCHMARKS / "report.py", out], env=ENV, capture_output=True, text=True, check=True
     ).stdout
