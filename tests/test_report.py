@@ -107,6 +107,7 @@ TYPES = {
     "bytes_sent": list,
     "seconds_per_step": None,
     "world_size": int,
+    "sequence_degree": int,
     "versions": dict,
 }
 
@@ -133,7 +134,7 @@ def test_report_files(pair, tmp_path, fields):
     for key, kind in TYPES.items():
         assert report[key] is None if kind is None else isinstance(report[key], kind), key
     plan = Plan.parse(report["plan"], report["num_steps"])
-    assert report["num_steps"] == 10 and report["world_size"] == 2
+    assert report["num_steps"] == 10 and report["world_size"] == 2 and report["sequence_degree"] == 1
     assert report["speedup_bound"] == plan.speedup_bound()
     assert [step for step, _ in report["discrepancy"]] == [i for i, kind in enumerate(str(plan)) if kind == "F"]
     assert all(isinstance(value, float) and 0 < value < 10 for _, value in report["discrepancy"])
