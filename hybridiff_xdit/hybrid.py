@@ -309,6 +309,7 @@ class _Session:
         self._read(run, keep=0)
         self.executor.drain()
         plan = Plan(run.kinds)
+        degree = self.sequence.comm.size if self.sequence else 1
         mine = torch.tensor([self.comm.bytes_sent], device=next(self.denoiser.parameters()).device)
         bytes_sent = [int(count) for count in self.comm.all_gather(mine)]
         self.report = {
@@ -325,8 +326,8 @@ class _Session:
             "speedup_bound": plan.speedup_bound(),
             "bytes_sent": bytes_sent,
             "seconds_per_step": None,  # timing waits for the GPU: benchmarks/ measures it
-            "world_size": self.comm.size * (self.sequence.comm.size if self.sequence else 1),
-            "sequence_degree": self.sequence.comm.size if self.sequence else 1,
+            "world_size": self.comm.size * degree,
+            "sequence_degree": degree,
             "versions": _versions(),
         }
         if self.config.report is not None and self.comm.rank == 0 and not (self.sequence and self.sequence.comm.rank):

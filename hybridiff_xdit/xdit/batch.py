@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..hybrid import denoiser_of
+
 #: Arguments of a pipeline's call that have an entry a prompt.
 _PER_PROMPT = tuple(f"{negative}{name}" for negative in ("", "negative_") for name in (
     "prompt", "prompt_2", "prompt_3", "prompt_embeds", "pooled_prompt_embeds",
@@ -72,7 +74,7 @@ def _part(value: Any, share: Share, count: int) -> Any:
 
 def _noise(pipe: Any, count: int, call: dict[str, Any]) -> torch.Tensor:
     """What the pipeline would draw for all pictures, [count, C, H, W]."""
-    denoiser = getattr(pipe, "transformer", None) or pipe.unet
+    denoiser: Any = denoiser_of(pipe)
     default = denoiser.config.sample_size * pipe.vae_scale_factor
     size = ((call.get(name) or default) // pipe.vae_scale_factor for name in ("height", "width"))
     shape = (count, denoiser.config.in_channels, *size)

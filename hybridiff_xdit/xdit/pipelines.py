@@ -73,9 +73,9 @@ class HybridCond:
         is_last = is_dp_last_group()
         if not is_last and not self.engine_config.runtime_config.use_parallel_vae:
             kwargs["output_type"] = "latent"  # what nobody will see needs no decoding
-        call: dict[str, Any] | None = {"prompt": prompt, **kwargs}
+        call: Any = {"prompt": prompt, **kwargs}
         if (groups := get_data_parallel_world_size()) > 1:
-            call = deal(self.module, {"prompt": prompt, **kwargs}, get_data_parallel_rank(), groups)
+            call = deal(self.module, call, get_data_parallel_rank(), groups)
         output = self.module(**call) if call else ImagePipelineOutput(images=[])
         return output if is_last else None
 
