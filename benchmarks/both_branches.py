@@ -15,6 +15,7 @@ import torch
 
 from hybridiff_xdit.comm import Solo
 from hybridiff_xdit.executor import Executor
+from hybridiff_xdit.graphs import Graphs
 from hybridiff_xdit.hybrid import denoiser_of
 from hybridiff_xdit.partition import map_tensors, read
 
@@ -29,7 +30,7 @@ def both_branches(pipe: Any, warm_up: int) -> Iterator[None]:
     """
     denoiser = denoiser_of(pipe)
     original, signature = denoiser.forward, inspect.signature(type(denoiser).forward)
-    executors = [Executor(read(denoiser), Solo()) for _ in range(2)]
+    executors = [Executor(read(denoiser), Solo(), Graphs(denoiser)) for _ in range(2)]
     step = 0
 
     def forward(*args: Any, **kwargs: Any) -> tuple[torch.Tensor]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from hybridiff_xdit.comm import Comm, Transfer
 from hybridiff_xdit.sequence import SequenceSplit
 
 
@@ -37,11 +38,42 @@ class Place(NamedTuple):
     def of(cls) -> Place:
         """Of all ranks; the first half is uncond, the second cond, as in xDiT."""
         size = dist.get_world_size()
+        if size == 1:
+            return cls(dist.group.WORLD, True)
         if size % 2:
             raise SystemExit(f"{size} processes: use an even --nproc_per_node, one process a branch or more.")
         pairs = [dist.new_group([i, i + size // 2]) for i in range(size // 2)]
         place = dist.get_rank() % (size // 2)
         return cls(pairs[place], place == 0)
+
+
+class Alone(Comm):
+    """One rank of two whose peer is not there: what it would have sent is what this rank has, or zeros."""
+
+    def __init__(self, rank: int) -> None:
+        self.group, self.rank, self.size, self.bytes_sent = None, rank, 2, 0
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        self.bytes_sent += tensor.nbytes
+        return [tensor, tensor]
+
+    def broadcast(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
+        if src != self.rank:
+            return tensor.zero_()
+        self.bytes_sent += tensor.nbytes
+        return tensor
+
+    def send(self, tensor: torch.Tensor, dst: int) -> Transfer:
+        self.bytes_sent += tensor.nbytes
+        return Transfer(self, dst, tensor, _Done())
+
+    def receive(self, tensor: torch.Tensor, src: int) -> Transfer:
+        return Transfer(self, src, tensor.zero_(), _Done())
+
+
+class _Done:
+    def wait(self) -> None:
+        """Nothing to wait for."""
 
 
 def ulysses(pipe: Any) -> SequenceSplit:

@@ -2,12 +2,21 @@
 
     torchrun --nproc_per_node 2 benchmarks/run.py --scenario sdxl-1024 sd3-medium-1024 --out times.jsonl
     torchrun --nproc_per_node 8 benchmarks/run.py --strategy one-gpu cfg "cfg, ulysses" "adaptive 2.5, pairs"
+    torchrun --nproc_per_node 1 benchmarks/run.py --strategy one-gpu "fixed 8-48/4, rank 0" "fixed 8-48/4, rank 1"
     python benchmarks/report.py times.jsonl
 
-Every repeat times each strategy once, in turn, so that a drift of the machine falls on all alike. The baseline
-``one-gpu`` is the pipeline as it is, on rank 0, while the others wait on the host. On more than two ranks a strategy
-runs on the first pair, or with ``ulysses`` on all of them for one picture (MMDiTs), or with ``pairs`` on all for a
-picture a pair.
+A strategy is a configuration and, after commas, how it is run:
+
+    eager     without CUDA graphs; ``one-gpu`` is eager unless ``one-gpu, graphs`` is asked for
+    ulysses   on all ranks for one picture (MMDiTs); without it, more than two ranks leave all but the first pair idle
+    pairs     on all ranks, a picture a pair
+    rank 0    what rank 0 does, without a peer: the pictures are wrong and nothing is exchanged, all else is done.
+              Needs one GPU; what a second one would change is the time of the exchanges.
+
+``one-gpu`` is the pipeline as it is, on rank 0, while the others wait on the host. Each strategy has two blocks of
+repeats, each after a warm-up of its own, and the blocks take turns, so that a drift of the machine falls on all alike.
+The *floor* of a strategy is the time of its graphs alone, replayed one after the other: FULL steps times a branch's
+forward, plus PIPELINED steps times the slower rank's share.
 """
 
 from __future__ import annotations
@@ -16,11 +25,16 @@ import argparse
 import json
 import platform
 import re
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import diffusers
 import group
@@ -28,92 +42,174 @@ import torch
 import torch.distributed as dist
 from scenarios import SCENARIOS
 
-from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
+from hybridiff_xdit import HybridConfig, apply_hybrid, hybrid, last_report, remove_hybrid
+from hybridiff_xdit.graphs import Graphs
+from hybridiff_xdit.hybrid import denoiser_of
 
-CONFIGS: dict[str, HybridConfig] = {
+CONFIGS: dict[str, HybridConfig | None] = {
+    "one-gpu": None,
     "cfg": HybridConfig(policy="cfg"),
     "paper": HybridConfig(policy="paper"),
     "fixed 8-48/2": HybridConfig(plan="8-48/2"),
+    "fixed 8-48/4": HybridConfig(plan="8-48/4"),
     # By target: with random weights, what a tolerance saves says nothing of a trained model.
     "adaptive 2.5": HybridConfig(speedup=2.5),
     "adaptive 2.85": HybridConfig(speedup=2.85),
 }
-LAYOUTS = ("", ", ulysses", ", pairs")
-STRATEGIES = ("one-gpu", *(f"{name}{layout}" for layout in LAYOUTS for name in CONFIGS))
+WAYS = ("eager", "graphs", "ulysses", "pairs", "rank 0", "rank 1")
+BLOCKS = 2
+
+
+class Strategy(NamedTuple):
+    """A configuration (None: the pipeline as it is) and the ways to run it."""
+
+    config: HybridConfig | None
+    ways: list[str]
+
+    @classmethod
+    def parse(cls, name: str) -> Strategy:
+        """Read the command line's form.
+
+        Raises:
+            ValueError: it is none.
+        """
+        config, *ways = name.split(", ")
+        if config not in CONFIGS or not set(ways) <= set(WAYS):
+            raise argparse.ArgumentTypeError(
+                f"{name!r}: give one of {', '.join(CONFIGS)}, and after commas any of {', '.join(WAYS)}"
+            )
+        return cls(CONFIGS[config], ways)
+
+    def runs_here(self, place: group.Place) -> bool:
+        """Whether this rank has a part in it."""
+        if not self.needs_peer:
+            return dist.get_rank() == 0
+        return "ulysses" in self.ways or "pairs" in self.ways or place.first
+
+    @property
+    def needs_peer(self) -> bool:
+        return self.config is not None and not any(way.startswith("rank") for way in self.ways)
+
+    @property
+    def pictures(self) -> int:
+        return dist.get_world_size() // 2 if "pairs" in self.ways else 1
+
+    @contextmanager
+    def applied(self, pipe: Any, place: group.Place, split: Any, model: str) -> Iterator[Graphs | None]:
+        """Set the pipeline up; yields what holds its graphs."""
+        if self.config is None:
+            with _graphed(pipe) if "graphs" in self.ways else nullcontext() as graphs:
+                yield graphs
+            return
+        config = replace(self.config, cuda_graphs="eager" not in self.ways)
+        alone = [int(way[-1]) for way in self.ways if way.startswith("rank")]
+        with mock.patch.object(hybrid, "Solo", partial(group.Alone, *alone)) if alone else nullcontext():
+            sequence = split if "ulysses" in self.ways else None
+            apply_hybrid(pipe, config, group=place.pair, sequence=sequence, model=model, simulate=bool(alone))
+        try:
+            yield getattr(pipe, hybrid._SESSION).graphs
+        finally:
+            remove_hybrid(pipe)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenario", nargs="+", choices=SCENARIOS, default=["sdxl-1024", "sd3-medium-1024"])
-    parser.add_argument("--strategy", nargs="+", choices=STRATEGIES, default=["one-gpu", "cfg", "paper"])
+    parser.add_argument("--strategy", nargs="+", default=["one-gpu", "one-gpu, graphs", "cfg", "paper"])
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=4, help="in all, half of them in each block")
     parser.add_argument(
         "--trace", type=Path, metavar="DIR", help="one more, profiled: a Chrome trace a strategy and rank"
     )
     parser.add_argument("--out", type=Path, default=Path("times.jsonl"), help="one JSON line a scenario and strategy")
     args = parser.parse_args()
+    try:
+        strategies = {name: Strategy.parse(name) for name in args.strategy}
+    except argparse.ArgumentTypeError as error:
+        parser.error(str(error))
 
     device = group.join()
-    place = group.Place.of()
-    is_gpu = device.type == "cuda"
-    dtype = torch.float16 if is_gpu else torch.float32
     host = dist.new_group(backend="gloo")
+    place = group.Place.of()
+    if dist.get_world_size() == 1 and (paired := [name for name, s in strategies.items() if s.needs_peer]):
+        raise SystemExit(f"One process cannot run {', '.join(map(repr, paired))}: use two, or ', rank 0'.")
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
 
-    lines = []
-    for name in args.scenario:
-        scenario = SCENARIOS[name]
-        pipe = scenario.pipeline(device, dtype)
-        arguments = dict(scenario.arguments(device, dtype), num_inference_steps=args.steps)
-        chosen = [name for name in args.strategy if scenario.family == "mmdit" or not name.endswith("ulysses")]
-        split = group.ulysses(pipe) if any(name.endswith("ulysses") for name in chosen) else None
-        measured: dict[str, Any] = {strategy: [] for strategy in chosen}
-        reports = {}
-        for turn in ["warm-up", *["timed"] * args.repeats, *(["traced"] if args.trace else [])]:
-            for strategy in chosen:
-                config, _, layout = strategy.partition(", ")
-                remove_hybrid(pipe)
-                if is_busy := dist.get_rank() == 0 if strategy == "one-gpu" else layout or place.first:
-                    sequence = split if layout == "ulysses" else None
-                    if strategy != "one-gpu":
-                        apply_hybrid(pipe, CONFIGS[config], group=place.pair, sequence=sequence, model=name)
-                call = partial(_call, pipe, arguments) if is_busy else _wait
-                if turn == "traced":
-                    label = re.sub(r"[^\w.-]+", "_", f"{name} {strategy} rank {dist.get_rank()}")
-                    call = partial(_traced, call, args.trace / f"{label}.json")
-                sample = _time(call, device, host)
-                if turn == "timed":
-                    measured[strategy].append(sample)
-                reports[strategy] = last_report(pipe)
-                remove_hybrid(pipe)
-        for strategy, samples in measured.items():
-            gathered: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, samples, group=host)
-            report = reports[strategy]
-            lines.append(
-                {
-                    "scenario": name,
-                    "strategy": strategy,
-                    "steps": args.steps,
-                    "pictures": dist.get_world_size() // 2 if strategy.endswith("pairs") else 1,
-                    "device": torch.cuda.get_device_name() if is_gpu else platform.machine(),
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "torch": torch.__version__,
-                    "diffusers": diffusers.__version__,
-                    "seconds": [max(s for s, _ in repeat) for repeat in zip(*gathered, strict=True)],
-                    "peak_memory": [max(memory for _, memory in rank) for rank in gathered],
-                    "plan": report and report["plan"],
-                    "tau_1": report and report["tau_1"],
-                    "speedup_bound": report and report["speedup_bound"],
-                    "bytes_sent": report and report["bytes_sent"],
-                }
-            )
-        del pipe
-        if is_gpu:
-            torch.cuda.empty_cache()
     if dist.get_rank() == 0:
-        args.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        args.out.write_text("")
+    for scenario in args.scenario:
+        pipe = SCENARIOS[scenario].pipeline(device, dtype)
+        chosen = {
+            name: strategy
+            for name, strategy in strategies.items()
+            if SCENARIOS[scenario].family == "mmdit" or "ulysses" not in strategy.ways
+        }
+        lines = _compare(pipe, scenario, chosen, device, dtype, host, place, args)
+        del pipe
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        if dist.get_rank() == 0:
+            with args.out.open("a") as out:
+                out.writelines(json.dumps(line) + "\n" for line in lines)
     dist.destroy_process_group()
+
+
+def _compare(
+    pipe: Any,
+    scenario: str,
+    strategies: dict[str, Strategy],
+    device: torch.device,
+    dtype: torch.dtype,
+    host: dist.ProcessGroup,
+    place: group.Place,
+    args: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """One line a strategy."""
+    arguments = dict(SCENARIOS[scenario].arguments(device, dtype), num_inference_steps=args.steps)
+    split = group.ulysses(pipe) if any("ulysses" in strategy.ways for strategy in strategies.values()) else None
+    samples: dict[str, list[Sample]] = {name: [] for name in strategies}
+    pieces: dict[str, dict[str, float]] = {}
+    reports = {}
+    for block in range(BLOCKS):
+        for name, strategy in strategies.items():
+            runs_here = strategy.runs_here(place)
+            call = partial(_call, pipe, arguments) if runs_here else _wait
+            with strategy.applied(pipe, place, split, scenario) if runs_here else nullcontext() as graphs:
+                _time(call, device, host)
+                samples[name] += [_time(call, device, host) for _ in range(args.repeats // BLOCKS)]
+                pieces[name] = _time_pieces(graphs)
+                if args.trace and block == 0:
+                    label = re.sub(r"[^\w.-]+", "_", f"{scenario} {name} rank {dist.get_rank()}")
+                    _time(partial(_traced, call, args.trace / f"{label}.json"), device, host)
+                reports[name] = last_report(pipe)
+    lines = []
+    for name in strategies:
+        gathered: list[Any] = [None] * dist.get_world_size()
+        mine = (samples[name], pieces.get(name, {}), reports.get(name))
+        dist.all_gather_object(gathered, mine, group=host)
+        report = next((report for *_, report in gathered if report), None)
+        plan = report and report["plan"]
+        lines.append(
+            {
+                "scenario": scenario,
+                "strategy": name,
+                "steps": args.steps,
+                "pictures": strategies[name].pictures,
+                "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+                "dtype": str(dtype).removeprefix("torch."),
+                "torch": torch.__version__,
+                "diffusers": diffusers.__version__,
+                "seconds": [max(s.seconds for s in repeat) for repeat in zip(*(g[0] for g in gathered), strict=True)],
+                "peak_memory": [max(sample.memory for sample in g[0]) for g in gathered],
+                "pieces": [g[1] for g in gathered],
+                "floor": _floor([g[1] for g in gathered], plan or "F" * args.steps),
+                "plan": plan,
+                "tau_1": report and report["tau_1"],
+                "speedup_bound": report and report["speedup_bound"],
+                "bytes_sent": report and report["bytes_sent"],
+            }
+        )
+    return lines
 
 
 def _call(pipe: Any, arguments: dict[str, Any]) -> None:
@@ -132,8 +228,32 @@ def _wait() -> None:
     """The share of the ranks that have none."""
 
 
-def _time(function: Callable[[], None], device: torch.device, host: dist.ProcessGroup) -> tuple[float, int]:
+@contextmanager
+def _graphed(pipe: Any) -> Iterator[Graphs]:
+    """The pipeline as it is, but for its denoiser's forward (batch 2B), which is called by graph."""
+    denoiser: Any = denoiser_of(pipe)
+    forward, graphs = denoiser.forward, Graphs(denoiser)
+
+    def replayed(*args: Any, **kwargs: Any) -> Any:
+        graphs.look()
+        return graphs("forward", lambda args, kwargs: forward(*args, **kwargs), args, {**kwargs, "return_dict": False})
+
+    denoiser.forward = replayed
+    try:
+        yield graphs
+    finally:
+        del denoiser.forward
+        graphs.clear()
+
+
+class Sample(NamedTuple):
     """Seconds from a common start until this rank's device is done, and its peak memory in bytes."""
+
+    seconds: float
+    memory: int
+
+
+def _time(function: Callable[[], None], device: torch.device, host: dist.ProcessGroup) -> Sample:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
@@ -144,7 +264,31 @@ def _time(function: Callable[[], None], device: torch.device, host: dist.Process
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     dist.barrier(group=host)
-    return seconds, torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    return Sample(seconds, torch.cuda.max_memory_reserved() if device.type == "cuda" else 0)
+
+
+def _time_pieces(graphs: Graphs | None) -> dict[str, float]:
+    """Seconds of each captured piece, replayed on its own: the median of 10, after one to warm up."""
+    times = {}
+    for name, replay in (graphs.captured() if graphs else {}).items():
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(12)]
+        for mark in marks:
+            replay()
+            mark.record()
+        torch.cuda.synchronize()
+        times[name] = statistics.median(a.elapsed_time(b) for a, b in pairwise(marks[1:])) / 1e3
+    return times
+
+
+def _floor(pieces: list[dict[str, float]], plan: str) -> float | None:
+    """Seconds of a plan's graphs; None where a kind of step was not captured on every rank with a part in it."""
+    pieces = [times for times in pieces if times]
+    forward = [max((t for name, t in times.items() if name.startswith("forward")), default=0.0) for times in pieces]
+    share = [sum(t for name, t in times.items() if name.startswith("units")) for times in pieces]
+    counts = (("F", forward), ("P", share))
+    if any(plan.count(kind) and not all(times or [0]) for kind, times in counts):
+        return None
+    return sum(plan.count(kind) * max(times, default=0.0) for kind, times in counts)
 
 
 if __name__ == "__main__":

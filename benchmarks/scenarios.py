@@ -39,6 +39,13 @@ SD3_MEDIUM: dict[str, Any] = dict(
     pooled_projection_dim=2048,
     pos_embed_max_size=192,
 )
+SD35_LARGE = {
+    **SD3_MEDIUM,
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+    "qk_norm": "rms_norm",
+}
 SD3_TINY = {**SD3_MEDIUM, "num_layers": 4, "num_attention_heads": 2, "caption_projection_dim": 128}
 
 
@@ -115,8 +122,10 @@ class Scenario:
 SCENARIOS = {
     "sdxl-1024": Scenario("unet", SDXL, 1024, 5.0),
     "sdxl-2048": Scenario("unet", SDXL, 2048, 5.0),
+    "sdxl-2560": Scenario("unet", SDXL, 2560, 5.0),
     "sd3-medium-1024": Scenario("mmdit", SD3_MEDIUM, 1024, 7.0),
     "sd3-medium-2048": Scenario("mmdit", SD3_MEDIUM, 2048, 7.0),
+    "sd3.5-large-1024": Scenario("mmdit", SD35_LARGE, 1024, 3.5),
     "sdxl-tiny": Scenario("unet", SDXL_TINY, 128, 5.0),
     "sd3-tiny": Scenario("mmdit", SD3_TINY, 128, 7.0),
 }

@@ -37,6 +37,7 @@ class HybridConfig:
         tau_cap: the latest step at which the window starts.
         plan: for ``fixed``: a letter F, P or S a step, or ``START-END/GAP`` (`Plan.parse`).
         stages: stages of a PIPELINED step. Only 2 so far.
+        cuda_graphs: whether a GPU's kernels are launched by CUDA graphs (`graphs`). Default: yes.
         report: folder for ``report.json`` and ``report.png``, made if missing; rank 0 writes.
 
     Raises:
@@ -55,6 +56,7 @@ class HybridConfig:
     tau_cap: int | None = None
     plan: str | None = None
     stages: int | None = None
+    cuda_graphs: bool | None = None
     report: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
@@ -63,6 +65,8 @@ class HybridConfig:
         self._one_of("policy", POLICIES)
         object.__setattr__(self, "guidance", self.guidance or ("mixed" if policy == "paper" else "deferred"))
         self._one_of("guidance", RULES)
+        if self.cuda_graphs not in (None, True, False):
+            self._refuse("cuda_graphs", "give True (on the command line: on) or False (off)")
         self._check_adaptive()
         for name in ("interval", "slope_window", "tau_cap"):
             value = getattr(self, name)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from .comm import Comm, Transfer, checksum
+from .graphs import Graphs
 from .partition import Activation, Anatomy, Boundary, Inputs, Partition, Segment
 
 Branch = Literal["uncond", "cond"]
@@ -34,12 +36,14 @@ class Executor:
     Args:
         anatomy: the denoiser read as units.
         comm: the group; rank 0 is uncond, rank 1 is cond. A group of one plays both.
+        graphs: how the denoiser's pieces are called.
         sequence: the group of this rank's branch, where its tokens are split.
     """
 
-    def __init__(self, anatomy: Anatomy, comm: Comm, sequence: Comm | None = None) -> None:
+    def __init__(self, anatomy: Anatomy, comm: Comm, graphs: Graphs, sequence: Comm | None = None) -> None:
         self.anatomy = anatomy
         self.comm = comm
+        self.graphs = graphs
         self.sequence = sequence
         self.ranks = (comm.rank,) if comm.size == 2 else (0, 1)
         self._partition: Partition | None = None
@@ -73,13 +77,22 @@ class Executor:
                 found by their checksum.
             time: of the step, for what is extrapolated from it.
         """
+
+        def evaluate(inputs: Inputs) -> tuple[torch.Tensor, Boundary | None]:
+            pred = forward(**inputs)[0].contiguous()
+            boundary, self._captured = self._captured, None
+            return pred, boundary
+
+        cut = None if self._partition is None else self._partition.cut
         self._finish_transfers()
+        self.graphs.look()
         if len(self.ranks) > 1:
-            pred_u, pred_c = (forward(**branches[branch])[0].contiguous() for branch in ("uncond", "cond"))
+            pred_u, _ = self.graphs(f"forward, boundary of {cut}", evaluate, branches["uncond"])
+            pred_c, boundary = self.graphs(f"forward, boundary of {cut}", evaluate, branches["cond"])
             pred, drifted = pred_c, torch.zeros((), dtype=torch.bool, device=pred_c.device)
         else:
             mine: Branch = "uncond" if self.comm.rank == 0 else "cond"
-            pred = forward(**branches[mine])[0].contiguous()
+            pred, boundary = self.graphs(f"forward, boundary of {cut}", evaluate, branches[mine])
             header = torch.zeros(2, dtype=torch.int64, device=pred.device)  # 16 bytes: the prediction stays aligned
             header[:1] = checksum(inputs)
             payload = torch.cat([header.view(torch.uint8), pred.view(-1).view(torch.uint8)])
@@ -89,13 +102,12 @@ class Executor:
             if self.sequence is not None:  # if some ranks stopped and others went on, these would wait for ever
                 sums = torch.cat(self.sequence.all_gather(sums))
             drifted = (sums != sums[0]).any()
-        if self._capture is not None and self._captured is None:
+        if self._capture is not None and boundary is None:
             raise RuntimeError(
                 "hybrid-cond: the denoiser's forward did not call the block that ends a stage as a module. Compile the "
                 "blocks' forwards (block.forward = torch.compile(block.forward)) instead of the whole denoiser."
             )
-        self._learn(time, self._captured)
-        self._captured = None
+        self._learn(time, boundary)
         self._prediction = pred
         return Exchange(pred_u, pred_c, drifted)
 
@@ -119,31 +131,31 @@ class Executor:
         partition = self._partition
         stage1 = partition.output_rank
         self._learn(self._incoming_time, self._take_boundary())
-        activations: dict[int, Activation] = {}
+        self.graphs.look()
+        left: dict[int, Activation] = {}  # by each rank of this process, after its segments so far
         for index, segment in enumerate(partition.segments):
             if not hand_over and segment.rank != stage1:
                 continue
             rank = segment.rank
             if rank in self.ranks:
-                with self.anatomy.lora_scale(branches["cond" if rank == stage1 else stage0_branch]) as inputs:
-                    activation = activations.get(rank) or self.anatomy.start(inputs)
-                    activations[rank] = activation
-                    if index > 0:
-                        boundary = self._read(time, extrapolate) if segment.age else self._take_boundary()
-                        assert boundary is not None
-                        activation.boundary = boundary
-                    self._run(segment, activation)
+                boundary = None
+                if index > 0:
+                    boundary = self._read(time, extrapolate) if segment.age else self._take_boundary()
+                    assert boundary is not None
+                branch = branches["cond" if rank == stage1 else stage0_branch]
+                name = f"units {segment.start} to {segment.stop}"
+                left[rank] = self.graphs(name, partial(self._evaluate, segment), branch, left.pop(rank, None), boundary)
             if hand_over and index + 1 < len(partition.segments):
-                self._cross(segment, partition.segments[index + 1], activations.get(rank))
+                self._cross(segment, partition.segments[index + 1], left[rank].boundary if rank in left else None)
         if stage1 in self.ranks:
-            pred = self.anatomy.prediction(activations[stage1]).contiguous()
+            (pred,) = left[stage1].boundary
         else:
             pred = torch.empty_like(self._prediction)
         self._incoming_time = time
         return self.comm.broadcast(pred, stage1)
 
     def drain(self) -> None:
-        """Complete what is in flight and forget the run."""
+        """Complete what is in flight and forget the run; what was captured stays for the next."""
         self._finish_transfers()
         if self._capture is not None:
             self._capture.remove()
@@ -164,18 +176,32 @@ class Executor:
         reach = (time - last.time) / (last.time - before.time)
         return tuple(torch.lerp(b, a, 1 + reach) for b, a in zip(before.boundary, last.boundary, strict=True))
 
-    def _run(self, segment: Segment, activation: Activation) -> None:
-        for unit in self.anatomy.units[segment.start : segment.stop]:
-            unit(activation)
+    def _evaluate(
+        self, segment: Segment, inputs: Inputs, before: Activation | None, boundary: Boundary | None
+    ) -> Activation:
+        """The activation after a segment, whose boundary at the end is the prediction.
 
-    def _cross(self, source: Segment, target: Segment, activation: Activation | None) -> None:
+        Args:
+            before: what this rank's segment before left, on the same step; None if this is its first.
+            boundary: what the segment reads; None for the first of the network.
+        """
+        with self.anatomy.lora_scale(inputs) as inputs:
+            activation = before or self.anatomy.start(inputs)
+            if boundary is not None:
+                activation = activation._replace(boundary=boundary)
+            for unit in self.anatomy.units[segment.start : segment.stop]:
+                activation = unit(activation)
+        if segment.stop < len(self.anatomy.units):
+            return activation
+        return Activation((self.anatomy.prediction(activation).contiguous(),), {})
+
+    def _cross(self, source: Segment, target: Segment, boundary: Boundary | None) -> None:
         """Start the transfer of the boundary between two segments: one flat tensor."""
         if source.rank in self.ranks and target.rank in self.ranks:
-            assert activation is not None
-            self._arrived = activation.boundary
+            self._arrived = boundary
         elif source.rank in self.ranks:
-            assert activation is not None
-            flat = torch.cat([tensor.reshape(-1) for tensor in activation.boundary])
+            assert boundary is not None
+            flat = torch.cat([tensor.reshape(-1) for tensor in boundary])
             self._outgoing.append(self.comm.send(flat, target.rank))
             if len(self._outgoing) > 1:  # the peer has read the one before: this frees its memory
                 self._outgoing.pop(0).wait()

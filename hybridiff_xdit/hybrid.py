@@ -28,6 +28,7 @@ from .comm import Comm, Solo, checksum
 from .config import HybridConfig
 from .discrepancy import Trial, rel_mae
 from .executor import Branch, Executor
+from .graphs import Graphs
 from .guidance import RULES, Mixed, Pair
 from .partition import Anatomy, Inputs, map_tensors, read, tensors_of
 from .plan import FULL, PIPELINED, SKIPPED, Plan, Policy, StepKind
@@ -42,10 +43,11 @@ _SESSION = "_hybrid_cond"
 
 
 class _Unread(NamedTuple):
-    """Measurements of a FULL step that are still on the device."""
+    """Measurements of a FULL step, on their way to the host."""
 
     step: int
-    values: torch.Tensor  # [discrepancy, drifted, two errors per trial of the rule ...]
+    values: torch.Tensor  # [discrepancy, drifted, two errors per trial of the rule ...], on the host
+    arrival: torch.cuda.Event | None  # when they are there
     distances: list[float]  # of the trials
     guidance: float
 
@@ -53,8 +55,18 @@ class _Unread(NamedTuple):
 class _Run:
     """State of one run: one call of the pipeline, one pass through the scheduler's timesteps."""
 
-    def __init__(self, num_steps: int, policy: Policy, rule: Mixed, sampler: Sampler | None, is_guided: bool) -> None:
+    def __init__(
+        self,
+        num_steps: int,
+        policy: Policy,
+        rule: Mixed,
+        sampler: Sampler | None,
+        is_guided: bool,
+        timesteps: torch.Tensor,
+    ) -> None:
         self.num_steps = num_steps
+        self._timesteps = timesteps  # kept, so that their addresses stay theirs
+        self._host_timesteps = dict(zip((t.data_ptr() for t in timesteps), timesteps.cpu(), strict=True))
         self.policy = policy
         self.rule = rule
         self.sampler = sampler
@@ -68,6 +80,14 @@ class _Run:
     def time(self, step: int) -> float:
         """Time of a step, in which boundaries are extrapolated."""
         return float(step) if self.sampler is None else self.sampler.times[step]
+
+    def on_host(self, value: Any) -> Any:
+        """A timestep of the run in host memory, anything else as it is.
+
+        Schedulers look up tables in host memory by the timestep: from the GPU's, each would wait for the step before.
+        """
+        is_scalar = isinstance(value, torch.Tensor) and value.is_cuda and not value.ndim
+        return self._host_timesteps.get(value.data_ptr(), value) if is_scalar else value
 
     @property
     def step(self) -> int:
@@ -83,7 +103,10 @@ class _Session:
         self.pipe, self.anatomy, self.config, self.comm, self.model = pipe, anatomy, config, comm, model
         self.sequence = sequence
         self.denoiser: Any = anatomy.denoiser
-        self.executor = Executor(anatomy, comm, sequence.comm if sequence else None)
+        self.graphs = Graphs(self.denoiser, is_on=config.cuda_graphs is not False)
+        if sequence is not None:
+            self.graphs.refuse("a branch's tokens are split over ranks")
+        self.executor = Executor(anatomy, comm, self.graphs, sequence.comm if sequence else None)
         self.signature = inspect.signature(type(self.denoiser).forward)
         self.run: _Run | None = None
         self.report: dict[str, Any] | None = None
@@ -101,6 +124,7 @@ class _Session:
     def close(self) -> None:
         """Put every replaced method back as it was."""
         self.executor.drain()
+        self.graphs.clear()
         if self.sequence is not None:
             self.sequence.remove()
         for owner, name, before in reversed(self._undo):
@@ -137,6 +161,8 @@ class _Session:
                 # What the loop adds (eta) is known with its first call only, before the scheduler has stepped.
                 run.sampler = read_sampler(self.scheduler, run.time(0), run.num_steps, **extra)
                 run.rule.sampler = run.policy.sampler = run.sampler
+            if run is not None:
+                args = tuple(map(run.on_host, args))
             return original_step(*args, **kwargs)
 
         self._replace(self.scheduler, "step", step)
@@ -157,6 +183,8 @@ class _Session:
         inputs.pop("self")
         if inputs.get("skip_layers") is not None:  # skip-layer guidance: a third evaluation within the step
             return self.forward(*args, **kwargs)
+        if not isinstance(inputs["timestep"], torch.Tensor):  # a number would be part of what a CUDA graph holds fixed
+            inputs["timestep"] = torch.as_tensor(inputs["timestep"], device=next(tensors_of(inputs)).device)
         if self.scheduler is not self.pipe.scheduler:
             self._watch_scheduler()
             self.run = None
@@ -212,11 +240,15 @@ class _Session:
             pred_u, pred_c, drifted = self.executor.full(self.forward, branches, inputs, run.time(step))
             trials = run.rule.trials(step, pred_u, pred_c, guidance) if run.policy.reads_trials else []
             measured = [rel_mae(pred_u, pred_c), drifted.float(), *(error for trial in trials for error in trial[1:])]
-            run.unread.append(_Unread(step, torch.stack(measured), [trial.distance for trial in trials], guidance))
+            values, arrival = torch.stack(measured).to("cpu", non_blocking=True), None
+            if drifted.is_cuda:  # waiting for the copy alone leaves what is queued behind it running
+                arrival = torch.cuda.Event()
+                arrival.record()
+            run.unread.append(_Unread(step, values, arrival, [trial.distance for trial in trials], guidance))
             pair = run.rule.full(step, pred_u, pred_c, guidance)
             run.is_known = True
-            # Reading makes the host wait for the GPU. What the policy needs is read when the next step begins, with the
-            # scheduler's kernels queued behind this step's; the rest a FULL step late.
+            # Reading makes the host wait for this step. What the policy needs is read when the next step begins, with
+            # the scheduler's kernels queued behind this step's; the rest a FULL step late, when it has long arrived.
             self._read(run, keep=0 if drifted.device.type == "cpu" else 1)
         return pair
 
@@ -227,7 +259,9 @@ class _Session:
         devices are of one type), so all raise or none, and all take the same decision.
         """
         while len(run.unread) > keep:
-            step, values, distances, guidance = run.unread.pop(0)
+            step, values, arrival, distances, guidance = run.unread.pop(0)
+            if arrival is not None:
+                arrival.synchronize()
             discrepancy, drifted, *errors = values.tolist()
             if drifted:
                 raise RuntimeError(
@@ -264,7 +298,7 @@ class _Session:
         if policy.may_pipeline:
             self.anatomy.check_inputs(inputs)
             self.executor.prepare(_branches(inputs)["cond"])
-        return _Run(num_steps, policy, rule(sampler), sampler, is_guided)
+        return _Run(num_steps, policy, rule(sampler), sampler, is_guided, self.scheduler.timesteps)
 
     def _agree(self, inputs: Inputs, num_steps: int) -> None:
         """Compare what must be the same on every rank, by one small exchange whose size depends on nothing."""

@@ -29,7 +29,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -45,13 +45,12 @@ Boundary = tuple[torch.Tensor, ...]
 Inputs = dict[str, Any]
 
 
-@dataclass
-class Activation:
-    """What flows through the units: the boundary so far, the skips, and the step's conditioning."""
+class Activation(NamedTuple):
+    """What flows through the units: the boundary so far, the step's conditioning, and the skips, last one last."""
 
     boundary: Boundary
     conditioning: dict[str, Any]
-    skips: list[torch.Tensor] = field(default_factory=list)
+    skips: tuple[torch.Tensor, ...] = ()
 
 
 class Unit(NamedTuple):
@@ -63,7 +62,7 @@ class Unit(NamedTuple):
         run: evaluates the module on an activation and returns its raw output.
         boundary: the boundary after the unit, from the module's raw output.
         pushes: the result is a skip for a later unit.
-        pops: the last skip is an input.
+        pops: the last skip is an input, and no longer needed.
         splits_after: a stage may end here.
     """
 
@@ -75,10 +74,10 @@ class Unit(NamedTuple):
     pops: bool = False
     splits_after: bool = True
 
-    def __call__(self, activation: Activation) -> None:
-        activation.boundary = self.boundary(self.run(activation))
-        if self.pushes:
-            activation.skips.append(activation.boundary[0])
+    def __call__(self, activation: Activation) -> Activation:
+        boundary = self.boundary(self.run(activation))
+        skips = activation.skips[:-1] if self.pops else activation.skips
+        return activation._replace(boundary=boundary, skips=(*skips, boundary[0]) if self.pushes else skips)
 
 
 class Segment(NamedTuple):
@@ -237,7 +236,7 @@ class Anatomy(ABC):
             activation = self.start(map_tensors(fakes.from_tensor, inputs))
             for unit in self.units:
                 before = counter.get_total_flops()
-                unit(activation)
+                activation = unit(activation)
                 flops.append(counter.get_total_flops() - before)
                 shapes.append(tuple((t.shape, t.dtype) for t in activation.boundary))
         return flops, tuple(shapes)
@@ -350,7 +349,7 @@ class UNet(Anatomy):
             def run(x: Activation) -> Any:
                 (hidden,) = x.boundary
                 if pops:
-                    hidden = torch.cat([hidden, x.skips.pop()], dim=1)
+                    hidden = torch.cat([hidden, x.skips[-1]], dim=1)
                 return module(hidden, x.conditioning["temb"])
 
             return Unit(name, module, run, _alone, pops=pops, **flags)
@@ -470,7 +469,8 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
     if isinstance(value, dict):
         return {key: map_tensors(function, item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(map_tensors(function, item) for item in value)
+        items = (map_tensors(function, item) for item in value)
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 
 

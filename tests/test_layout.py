@@ -25,11 +25,12 @@ MAY_IMPORT = {
     "partition": set(),
     "comm": {"partition"},
     "sequence": {"partition", "comm"},
-    "executor": {"partition", "comm"},
+    "graphs": {"partition"},
+    "executor": {"partition", "comm", "graphs"},
     "report": {"plan"},
     "hybrid": {
         *("discrepancy", "sampler", "plan", "guidance", "policies", "config"),
-        *("partition", "comm", "sequence", "executor", "report"),
+        *("partition", "comm", "sequence", "graphs", "executor", "report"),
     },
     "checkpoints": set(),
 }

@@ -47,7 +47,7 @@ def by_units(denoiser, given: dict) -> torch.Tensor:
     anatomy = read(denoiser)
     activation = anatomy.start(given)
     for unit in anatomy.units:
-        unit(activation)
+        activation = unit(activation)
     assert not activation.skips
     return anatomy.prediction(activation)
 
@@ -117,10 +117,10 @@ def test_the_boundary_is_what_the_module_leaves(name):
     first, *_, last = partition.segments
     activation = anatomy.start(given)
     for index in range(first.start, first.stop if len(partition.segments) == 3 else 0):  # a U-Net's outer down
-        anatomy.units[index](activation)
-    activation.boundary = caught[0]
+        activation = anatomy.units[index](activation)
+    activation = activation._replace(boundary=caught[0])
     for index in range(last.start, last.stop):
-        anatomy.units[index](activation)
+        activation = anatomy.units[index](activation)
     assert torch.equal(anatomy.prediction(activation), expected)
 
 

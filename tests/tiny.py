@@ -159,4 +159,5 @@ def call(pipe, name: str, *, count: int = 1, seed: int = 0, **kwargs):
     settings.update(prompt(name, count), generator=torch.Generator().manual_seed(seed))
     accepted = inspect.signature(type(pipe).__call__).parameters
     given = {key: value for key, value in {**settings, **kwargs}.items() if key in accepted}
-    return pipe(**{k: v.to(pipe.device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}).images
+    device = pipe._execution_device  # of an offloaded pipeline, another than where its weights are
+    return pipe(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}).images

@@ -74,6 +74,10 @@ _HYBRID_OPTIONS: dict[str, dict[str, Any]] = {
     "tau_cap": {"type": int, "metavar": "STEP", "help": "the latest step at which the window starts"},
     "plan": {"metavar": "PLAN", "help": "for 'fixed': F, P or S a step, or START-END/GAP such as 8-48/2, 8-48/2S"},
     "stages": {"type": int, "metavar": "N", "help": "stages of a PIPELINED step"},
+    "cuda_graphs": {
+        "choices": ["on", "off"],
+        "help": "launch a GPU's kernels by CUDA graphs (default: on)",
+    },
     "report": {"metavar": "DIR", "help": "write report.json and report.png there"},
 }
 
@@ -144,7 +148,8 @@ def read_config(args: argparse.Namespace) -> HybridConfig | None:
     """
     given = {name: getattr(args, f"hybrid_{name}") for name in _HYBRID_OPTIONS}
     if args.parallel == "hybrid-cond":
-        return HybridConfig(**given)
+        switch = given.pop("cuda_graphs")
+        return HybridConfig(**given, cuda_graphs=None if switch is None else switch == "on")
     if flags := [f"--hybrid_{name}" for name, value in given.items() if value is not None]:
         raise ValueError(f"{', '.join(flags)} need --parallel hybrid-cond: add it, or drop them.")
     return None

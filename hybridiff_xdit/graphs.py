@@ -1,0 +1,185 @@
+"""CUDA graphs of the pieces that a rank runs: a branch's forward, and its segments of a PIPELINED step.
+
+On a fast GPU, launching a denoiser's kernels from Python takes longer than running them. A graph launches them all at
+once. A *piece* is a function of a nest of tensors and constants; its first call with a *key* runs as it is (and so
+compiles and tunes what there is to), the second is captured, the later ones are replays. The key is all that a graph
+would not notice by itself:
+
+* the shapes, dtypes and constants of the arguments (adapter scales among them);
+* the addresses of the weights, the adapters in use and their scales, and the attention processors, looked at anew on
+  every step, since callbacks may change them.
+
+All graphs of a session share one memory pool: they are replayed one at a time, and what they return is copied out. What
+cannot be captured runs as it is, and the log says so once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .partition import map_tensors, tensors_of
+
+logger = logging.getLogger(__name__)
+
+#: Keys kept, the ones used last: enough for the pieces of a few resolutions.
+MOST_KEYS = 24
+#: First calls of a piece in a row, with another key each time, that are no coincidence.
+MOST_FIRST_CALLS = 8
+
+#: What PEFT's layers keep of their adapters, beside the weights.
+_ADAPTERS = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters")
+
+Piece = Callable[..., Any]
+_Key = tuple[str, Hashable, Hashable]  # name, state, arguments
+
+
+class _Graph(NamedTuple):
+    """A captured piece: what to fill in, how to run it, and what it then holds."""
+
+    inputs: list[torch.Tensor]
+    replay: Callable[[], None]
+    outputs: Any
+
+
+class Graphs:
+    """Calls pieces of a denoiser, by graph where that can be.
+
+    Args:
+        denoiser: whose pieces they are.
+        is_on: whether anything is to be captured.
+    """
+
+    def __init__(self, denoiser: nn.Module, is_on: bool = True) -> None:
+        self.denoiser = denoiser
+        self._is_on = is_on
+        self._state: Hashable = None
+        self._graphs: dict[_Key, _Graph | None] = {}  # in order of use; None: called once
+        self._first_calls: Counter[str] = Counter()  # in a row, by piece
+        self._pool: Any = None
+
+    def look(self) -> None:
+        """Note the denoiser's state; to be called before the pieces of a step."""
+        self._state = None
+        device = next(self.denoiser.parameters()).device
+        if self._is_on and _can_capture(device):
+            try:
+                self._state = (device, _state_of(self.denoiser))
+            except _Uncapturable as reason:
+                self.refuse(str(reason))
+
+    def __call__(self, name: str, piece: Piece, *args: Any) -> Any:
+        """``piece(*args)``: a nest of tensors and constants, the caller's own."""
+        if self._state is None:
+            return piece(*args)
+        key = (name, self._state, _describe(args))
+        if key not in self._graphs:
+            self._remember(key, None)
+            self._first_calls[name] += 1
+            if self._first_calls[name] > MOST_FIRST_CALLS:
+                self.refuse("the denoiser is called with another argument, or is itself another, on every step")
+            return piece(*args)
+        self._first_calls[name] = 0
+        graph = self._graphs.pop(key)
+        if graph is None:
+            try:
+                graph = self._record(piece, args)
+            except Exception as error:  # whatever a model's code does that a capture does not allow
+                self.refuse(f"capturing failed ({type(error).__name__}: {str(error).splitlines()[0]})")
+                return piece(*args)
+        else:
+            for ours, given in zip(graph.inputs, tensors_of(args), strict=True):
+                ours.copy_(given, non_blocking=True)
+        self._remember(key, graph)
+        graph.replay()
+        return map_tensors(torch.clone, graph.outputs)
+
+    def captured(self) -> dict[str, Callable[[], None]]:
+        """A replay of each piece captured, the last one of a name: to be timed."""
+        return {key[0]: graph.replay for key, graph in self._graphs.items() if graph is not None}
+
+    def refuse(self, reason: str) -> None:
+        """Capture nothing from now on, and say why."""
+        if self._is_on and _can_capture(next(self.denoiser.parameters()).device):
+            logger.warning("hybrid-cond: runs without CUDA graphs, since %s. See Speed in the README.", reason)
+        self._is_on, self._state = False, None
+        self.clear()
+
+    def clear(self) -> None:
+        """Release the graphs and their memory."""
+        self._graphs.clear()
+        self._first_calls.clear()
+        self._pool = None
+
+    def _remember(self, key: _Key, graph: _Graph | None) -> None:
+        self._graphs[key] = graph
+        if len(self._graphs) > MOST_KEYS:
+            del self._graphs[next(iter(self._graphs))]
+
+    def _record(self, piece: Piece, args: Any) -> _Graph:
+        """Capture; the inputs are filled in with these arguments, whatever device they are on."""
+        device = self._state[0]  # type: ignore[index]
+        ours = map_tensors(lambda t: torch.empty_like(t, device=device).copy_(t), args)
+        inputs = list(tensors_of(ours))
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        replay, outputs = _capture(lambda: piece(*ours), self._pool)
+        return _Graph(inputs, replay, outputs)
+
+
+class _Uncapturable(Exception):
+    """Why a denoiser's kernels cannot be replayed."""
+
+
+def _can_capture(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _capture(piece: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
+    """(replay, outputs) of a piece; nothing is run."""
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may use the GPU meanwhile: NCCL's watchdog asks for its events.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        outputs = piece()
+    return graph.replay, outputs
+
+
+def _state_of(denoiser: nn.Module) -> Hashable:
+    """All of a denoiser that its kernels depend on, but its arguments.
+
+    Raises:
+        _Uncapturable: Python code that a replay would not run is hooked in, or the mode forbids it.
+    """
+    if torch.is_grad_enabled():
+        raise _Uncapturable("gradients are on (call the pipeline under torch.no_grad())")
+    if torch.is_autocast_enabled():
+        raise _Uncapturable("autocast is on (load the pipeline in the dtype that you want)")
+    state: list[Hashable] = []
+    for module in denoiser.modules():
+        own = vars(module)
+        if "_hf_hook" in own or "_diffusers_hook" in own:
+            raise _Uncapturable(f"{type(module).__name__} is offloaded, cached or cast by a hook")
+        for hook in (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()):
+            if getattr(hook, "__module__", "").partition(".")[0] != __package__:
+                raise _Uncapturable(f"{type(module).__name__} has a forward hook")
+        state += [t.data_ptr() for t in (*own["_parameters"].values(), *own["_buffers"].values()) if t is not None]
+        state += [id(type(module)), module.training, own.get("processor"), own.get("forward")]
+        if "scaling" in own:  # a layer with LoRA adapters
+            state.append(repr([own.get(name) for name in _ADAPTERS]))
+    return tuple(state)
+
+
+def _describe(value: Any) -> Hashable:
+    """What a graph of a function of this nest holds fixed: everything but the tensors' contents."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, dict):
+        return tuple((key, _describe(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(_describe, value))
+    return value if isinstance(value, Hashable) else repr(value)
