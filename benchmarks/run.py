@@ -233,6 +233,8 @@ def _graphed(pipe: Any) -> Iterator[Graphs]:
     """The pipeline as it is, but for its denoiser's forward (batch 2B), which is called by graph."""
     denoiser: Any = denoiser_of(pipe)
     forward, graphs = denoiser.forward, Graphs(denoiser)
+    with torch.no_grad():
+        graphs.begin()
 
     def replayed(*args: Any, **kwargs: Any) -> Any:
         graphs.look()

@@ -6,8 +6,10 @@ compiles and tunes what there is to), the second is captured, the later ones are
 would not notice by itself:
 
 * the shapes, dtypes and constants of the arguments (adapter scales among them);
-* the addresses of the weights, the adapters in use and their scales, and the attention processors, looked at anew on
-  every step, since callbacks may change them.
+* the addresses of the weights, the modules and the constants in them, looked at when a run begins;
+* the adapters in use and their scales, and the attention processors with theirs, looked at on every step, since
+  callbacks change them. (The rest would take the host 5 ms a step for SDXL. Other weights or modules loaded by a
+  callback come into effect with the next run.)
 
 All graphs of a session share one memory pool: they are replayed one at a time, and what they return is copied out. What
 cannot be captured runs as it is, and the log says so once.
@@ -18,6 +20,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 #: Keys kept, the ones used last: enough for the pieces of a few resolutions.
 MOST_KEYS = 24
+#: States of the denoiser kept (a large one's takes a megabyte); then all is forgotten.
+MOST_STATES = 64
 #: First calls of a piece in a row, with another key each time, that are no coincidence.
 MOST_FIRST_CALLS = 8
 
@@ -36,7 +41,7 @@ MOST_FIRST_CALLS = 8
 _ADAPTERS = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters")
 
 Piece = Callable[..., Any]
-_Key = tuple[str, Hashable, Hashable]  # name, state, arguments
+_Key = tuple[str, int, Hashable]  # name, state, arguments
 
 
 class _Graph(NamedTuple):
@@ -58,24 +63,37 @@ class Graphs:
     def __init__(self, denoiser: nn.Module, is_on: bool = True) -> None:
         self.denoiser = denoiser
         self._is_on = is_on
-        self._state: Hashable = None
+        self._device = torch.device("cpu")
+        self._states: dict[Hashable, int] = {}  # numbered: a key is looked up often
+        self._numbers = count()
+        self._fixed: int | None = None  # number of the state that lasts a run; None: nothing is captured
+        self._state = 0  # of all of it
+        self._changing: list[nn.Module] = []  # of which the rest is read on every step
         self._graphs: dict[_Key, _Graph | None] = {}  # in order of use; None: called once
         self._first_calls: Counter[str] = Counter()  # in a row, by piece
         self._pool: Any = None
 
-    def look(self) -> None:
-        """Note the denoiser's state; to be called before the pieces of a step."""
-        self._state = None
-        device = next(self.denoiser.parameters()).device
-        if self._is_on and _can_capture(device):
+    def begin(self) -> None:
+        """Note the state of the denoiser that lasts a run; to be called when one begins."""
+        self._device = next(self.denoiser.parameters()).device
+        self._fixed = None
+        if self._is_on and _can_capture(self._device):
+            if len(self._states) > MOST_STATES:
+                self.clear()
             try:
-                self._state = (device, _state_of(self.denoiser))
+                state, self._changing = _state_of(self.denoiser)
+                self._fixed = self._number(state)
             except _Uncapturable as reason:
                 self.refuse(str(reason))
 
+    def look(self) -> None:
+        """Note the rest; to be called before the pieces of a step."""
+        if self._fixed is not None:
+            self._state = self._number((self._fixed, *map(_present, self._changing)))
+
     def __call__(self, name: str, piece: Piece, *args: Any) -> Any:
         """``piece(*args)``: a nest of tensors and constants, the caller's own."""
-        if self._state is None:
+        if self._fixed is None:
             return piece(*args)
         key = (name, self._state, _describe(args))
         if key not in self._graphs:
@@ -107,14 +125,18 @@ class Graphs:
         """Capture nothing from now on, and say why."""
         if self._is_on and _can_capture(next(self.denoiser.parameters()).device):
             logger.warning("hybrid-cond: runs without CUDA graphs, since %s. See Speed in the README.", reason)
-        self._is_on, self._state = False, None
+        self._is_on, self._fixed = False, None
         self.clear()
 
     def clear(self) -> None:
         """Release the graphs and their memory."""
         self._graphs.clear()
+        self._states.clear()
         self._first_calls.clear()
         self._pool = None
+
+    def _number(self, state: Hashable) -> int:
+        return self._states.setdefault(state, next(self._numbers))
 
     def _remember(self, key: _Key, graph: _Graph | None) -> None:
         self._graphs[key] = graph
@@ -123,8 +145,7 @@ class Graphs:
 
     def _record(self, piece: Piece, args: Any) -> _Graph:
         """Capture; the inputs are filled in with these arguments, whatever device they are on."""
-        device = self._state[0]  # type: ignore[index]
-        ours = map_tensors(lambda t: torch.empty_like(t, device=device).copy_(t), args)
+        ours = map_tensors(lambda t: torch.empty_like(t, device=self._device).copy_(t), args)
         inputs = list(tensors_of(ours))
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
@@ -149,8 +170,11 @@ def _capture(piece: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], A
     return graph.replay, outputs
 
 
-def _state_of(denoiser: nn.Module) -> Hashable:
-    """All of a denoiser that its kernels depend on, but its arguments.
+def _state_of(denoiser: nn.Module) -> tuple[Hashable, list[nn.Module]]:
+    """What the denoiser's kernels depend on, but its arguments and what `_present` reads.
+
+    Returns:
+        The state, and the modules of which the rest is to be read.
 
     Raises:
         _Uncapturable: Python code that a replay would not run is hooked in, or the mode forbids it.
@@ -159,7 +183,8 @@ def _state_of(denoiser: nn.Module) -> Hashable:
         raise _Uncapturable("gradients are on (call the pipeline under torch.no_grad())")
     if torch.is_autocast_enabled():
         raise _Uncapturable("autocast is on (load the pipeline in the dtype that you want)")
-    state: list[Hashable] = []
+    state: list[Any] = []
+    changing = []
     for module in denoiser.modules():
         own = vars(module)
         if "_hf_hook" in own or "_diffusers_hook" in own:
@@ -167,11 +192,22 @@ def _state_of(denoiser: nn.Module) -> Hashable:
         for hook in (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()):
             if getattr(hook, "__module__", "").partition(".")[0] != __package__:
                 raise _Uncapturable(f"{type(module).__name__} has a forward hook")
-        state += [t.data_ptr() for t in (*own["_parameters"].values(), *own["_buffers"].values()) if t is not None]
-        state += [id(type(module)), module.training, own.get("processor"), own.get("forward")]
-        if "scaling" in own:  # a layer with LoRA adapters
-            state.append(repr([own.get(name) for name in _ADAPTERS]))
-    return tuple(state)
+        tensors = (*own["_parameters"].values(), *own["_buffers"].values())
+        tensors = (*own["_parameters"].values(), *own["_buffers"].values())
+        state += [type(module), own.get("forward"), *(t.data_ptr() for t in tensors if t is not None)]
+        state += [value for value in own.values() if type(value) in (bool, int, float, str)]
+        if "scaling" in own or hasattr(module, "processor"):
+            changing.append(module)
+    return tuple(state), changing
+
+
+def _present(module: Any) -> Hashable:
+    """The adapters in use and their scales, or the attention processor and its constants."""
+    own = vars(module)
+    if "scaling" in own:
+        return repr([own.get(name) for name in _ADAPTERS])
+    processor = module.processor
+    return processor, *(value for value in getattr(processor, "__dict__", {}).values() if type(value) in (bool, int, float))
 
 
 def _describe(value: Any) -> Hashable:

@@ -298,6 +298,7 @@ class _Session:
         if policy.may_pipeline:
             self.anatomy.check_inputs(inputs)
             self.executor.prepare(_branches(inputs)["cond"])
+        self.graphs.begin()
         return _Run(num_steps, policy, rule(sampler), sampler, is_guided, self.scheduler.timesteps)
 
     def _agree(self, inputs: Inputs, num_steps: int) -> None:

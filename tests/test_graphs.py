@@ -46,10 +46,10 @@ class Double(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.full((2,), 2.0))
         self.inner = nn.Identity()
-        self.calls = 0
+        self.calls = []
 
     def forward(self, x, scale=1.0):
-        self.calls += 1
+        self.calls.append(x)
         return self.weight * x * scale
 
 
@@ -60,6 +60,7 @@ def double(tape):
 
     def call(value, **kwargs):
         with torch.no_grad():
+            caller.begin()
             caller.look()
             return caller("piece", lambda x, kwargs: module(x, **kwargs), torch.full((2,), value), kwargs)[0].item()
 
@@ -75,6 +76,7 @@ def test_the_second_call_is_captured_and_later_ones_are_replays(double):
 def test_what_is_returned_is_the_callers_own(double):
     caller, module = double.graphs, double.module
     with torch.no_grad():
+        caller.begin()
         caller.look()
         found = [caller("piece", module, torch.full((2,), float(i))) for i in range(4)]
     assert [out[0].item() for out in found] == [0.0, 2.0, 4.0, 6.0]
@@ -89,8 +91,9 @@ def test_what_is_returned_is_the_callers_own(double):
         lambda module: setattr(module, "scaling", {"default": 0.5}),
         lambda module: setattr(module.inner, "processor", object()),
         lambda module: module.eval(),
+        lambda module: setattr(module, "s1", 0.9),
     ],
-    ids=["another parameter", "moved weights", "another module", "adapter scale", "attention processor", "mode"],
+    ids=["parameter", "moved weights", "module", "adapter scale", "attention processor", "mode", "constant"],
 )
 def test_a_denoiser_that_changed_is_captured_anew(double, change):
     for value in (1.0, 2.0, 3.0):
@@ -99,6 +102,29 @@ def test_a_denoiser_that_changed_is_captured_anew(double, change):
     expected = double.module.weight[0].item()
     assert [double(v) for v in (1.0, 2.0, 3.0)] == [expected, 2 * expected, 3 * expected]
     assert double.tape == [2, 2]
+
+
+class Scaled:
+    """As an attention processor with a scale, which a callback changes."""
+
+    scale = 1.0
+
+
+def test_adapters_and_processors_are_noticed_within_a_run(double):
+    module, caller = double.module, double.graphs
+    module.inner.processor, module.scaling = Scaled(), {"default": 1.0}
+    changes = {
+        2: lambda: setattr(module.inner.processor, "scale", 0.5),
+        4: lambda: module.scaling.update(default=0.5),
+        6: lambda: setattr(module.inner, "processor", Scaled()),
+    }
+    with torch.no_grad():
+        caller.begin()
+        for step in range(8):
+            changes.get(step, lambda: None)()
+            caller.look()
+            caller("piece", module, torch.ones(2))
+    assert double.tape == [1, 1, 1, 1]
 
 
 def test_weights_changed_in_place_are_no_reason(double):
@@ -145,7 +171,7 @@ HOOKS = {
 def test_a_hook_is_said_once_and_runs_on_every_call(double, kind, caplog):
     HOOKS[kind](double.module)
     assert [double(v) for v in (1.0, 2.0, 3.0)] == [2.0, 4.0, 6.0]
-    assert not double.tape and double.module.calls == 3
+    assert not double.tape and len(double.module.calls) == 3
     assert caplog.text.count("runs without CUDA graphs, since") == 1 and "hook" in caplog.text
 
 
@@ -156,6 +182,7 @@ def test_gradients_and_autocast_are_no_matter_for_a_graph(tape, monkeypatch, cap
         caller = Graphs(module)
         with torch.no_grad(), context:
             for _ in range(3):
+                caller.begin()
                 caller.look()
                 caller("piece", module, torch.ones(2))
         assert not tape and word in caplog.text
