@@ -102,6 +102,7 @@ class AdaptivePolicy:
     """
 
     reads_trials = True
+    lag = 1
 
     def __init__(
         self,
@@ -119,7 +120,7 @@ class AdaptivePolicy:
         self.may_pipeline = PIPELINED in self._saves
         if speedup is not None:
             self.saving_left = self.num_steps - 2 * self.num_steps / speedup
-            groups, rest = divmod(max(self.num_steps - 5, 0), LONGEST_GROUP)
+            groups, rest = divmod(max(self.num_steps - 6, 0), LONGEST_GROUP)
             most = (groups * (LONGEST_GROUP - 1) + max(rest - 1, 0)) * max(self._saves.values(), default=0.0)
             if not 0 <= self.saving_left <= most:
                 best = 2 * self.num_steps / (self.num_steps - most)
@@ -130,6 +131,7 @@ class AdaptivePolicy:
         self._laws: dict[int, dict[StepKind, _Law]] = {}  # by FULL step: running means
         self._measured: dict[int, dict[StepKind, _Law]] = {}  # as measured there
         self._tables: dict[int, list[tuple[float, float]]] = {}  # see `_groups`
+        self._observed = 0
         self._group = _ALONE
         self._next_full = 0
         self._first: int | None = None
@@ -146,20 +148,28 @@ class AdaptivePolicy:
     def reads_discrepancy(self, step: int) -> bool:
         return step < self.num_steps - 2
 
-    def observe(self, step: int, discrepancy: float, trials: Sequence[Trial] = (), guidance: float = 1.0) -> None:
-        """Take what FULL step ``step`` measured, and decide how far the next one lies.
+    def observe(self, step: int, discrepancy: float, trials: Sequence[Trial] = ()) -> None:
+        """Take what FULL step ``step`` measured.
 
         Args:
             discrepancy: M.
             trials: of the guidance rule, nearest first.
-            guidance: ``w - 1``.
 
         Raises:
             ValueError: the discrepancy is nan or infinite.
         """
         check_finite(step, discrepancy)
+        self._observed = step
         self._learn(step, trials)
-        self._group = self._choose(step, guidance) if step in self._laws else _ALONE
+
+    def kind(self, step: int, guidance: float = 1.0) -> StepKind:
+        if step > self._next_full:
+            self._begin_group(step - 1, guidance)
+        return self._group.kind if step < self._next_full else FULL
+
+    def _begin_group(self, step: int, guidance: float) -> None:
+        """Decide how far the next FULL step lies from FULL step ``step``."""
+        self._group = self._choose(step, guidance)
         self._next_full = step + self._group.length
         if self._group.length > 1:
             self._first = step + 1 if self._first is None else self._first
@@ -168,9 +178,6 @@ class AdaptivePolicy:
                 self.saving_left -= self._group.saving
             elif self.error_left is not None:
                 self.error_left = max(0.0, self.error_left - self._group.error)
-
-    def kind(self, step: int) -> StepKind:
-        return self._group.kind if step < self._next_full else FULL
 
     def _learn(self, step: int, trials: Sequence[Trial]) -> None:
         errors = [error for trial in trials for error in trial[1:]]
@@ -191,18 +198,20 @@ class AdaptivePolicy:
 
     def _choose(self, step: int, guidance: float) -> _Group:
         """The group that begins with FULL step ``step``."""
-        half = max((known for known in self._measured if known <= step / 2), default=None)
-        if half is None or self._is_enough(0.0, 0.0):
+        now = self._observed
+        half = max((known for known in self._measured if known <= now / 2), default=None)
+        if now not in self._laws or half is None or self._is_enough(0.0, 0.0):
             return _ALONE
+        ahead = self._ahead(step, now, half)
         # The dearest price at which the rest of the run spends enough: bisected over its logarithm.
         low, high = -20.0, 40.0
         for _ in range(24):  # to some millionths of the price
             middle = (low + high) / 2
-            is_enough = self._is_enough(*self._forecast(step, half, guidance, math.exp(middle)))
+            is_enough = self._is_enough(*self._forecast(step, ahead, guidance, math.exp(middle)))
             low, high = (middle, high) if is_enough else (low, middle)
         if self.saving_left is None:
-            return self._best(step, self._laws[step], guidance, math.exp(high))  # the tolerance is not exceeded
-        group = self._best(step, self._laws[step], guidance, math.exp(low))
+            return self._best(step, ahead[0], guidance, math.exp(high))  # the tolerance is not exceeded
+        group = self._best(step, ahead[0], guidance, math.exp(low))
         left = math.ceil(self.saving_left / SAVES[group.kind] - 1e-9)  # the target is reached, not missed by a step
         return group._replace(length=min(group.length, left + 1))
 
@@ -212,18 +221,24 @@ class AdaptivePolicy:
             return saving >= self.saving_left
         return self.error_left is not None and error >= self.error_left
 
-    def _forecast(self, now: int, half: int, guidance: float, price: float) -> tuple[float, float]:
-        """(forwards saved, sum of E^2) from FULL step ``now`` to the end at this price, by the laws since ``half``."""
-        laws = self._laws[now]
-        falls = {kind: _fall(self._measured, half, now, kind) for kind in laws}
-        saved, error, step = 0.0, 0.0, now
-        while step < self.num_steps - 1:
-            ahead = {}
-            for kind, law in laws.items():
-                share = min(2.0, step / now) ** falls[kind]
-                ahead[kind] = _Law(law.drift * share, law.noise * share)
-            group = self._best(step, ahead, guidance, price)
-            saved, error, step = saved + group.saving, error + group.error, step + group.length
+    def _ahead(self, step: int, now: int, half: int) -> list[dict[StepKind, _Law]]:
+        """The laws expected from ``step`` to the end, by those of FULL step ``now`` and their fall since ``half``."""
+        falls = {kind: _fall(self._measured, half, now, kind) for kind in self._saves}
+        ahead = []
+        for i in range(step, self.num_steps):
+            shares = {kind: min(2.0, i / now) ** fall for kind, fall in falls.items()}
+            laws = self._laws[now]
+            ahead.append({k: _Law(laws[k].drift * share, laws[k].noise * share) for k, share in shares.items()})
+        return ahead
+
+    def _forecast(
+        self, step: int, ahead: list[dict[StepKind, _Law]], guidance: float, price: float
+    ) -> tuple[float, float]:
+        """(forwards saved, sum of E^2) from FULL step ``step`` to the end at this price."""
+        saved, error, at = 0.0, 0.0, step
+        while at < self.num_steps - 1:
+            group = self._best(at, ahead[at - step], guidance, price)
+            saved, error, at = saved + group.saving, error + group.error, at + group.length
         return saved, error
 
     def _best(self, step: int, laws: dict[StepKind, _Law], guidance: float, price: float) -> _Group:

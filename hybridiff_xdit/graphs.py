@@ -207,7 +207,8 @@ def _present(module: Any) -> Hashable:
     if "scaling" in own:
         return repr([own.get(name) for name in _ADAPTERS])
     processor = module.processor
-    return processor, *(value for value in getattr(processor, "__dict__", {}).values() if type(value) in (bool, int, float))
+    constants = getattr(processor, "__dict__", {}).values()
+    return processor, *(value for value in constants if type(value) in (bool, int, float))
 
 
 def _describe(value: Any) -> Hashable:

@@ -49,7 +49,6 @@ class _Unread(NamedTuple):
     values: torch.Tensor  # [discrepancy, drifted, two errors per trial of the rule ...], on the host
     arrival: torch.cuda.Event | None  # when they are there
     distances: list[float]  # of the trials
-    guidance: float
 
 
 class _Run:
@@ -208,9 +207,9 @@ class _Session:
         """Answer one call of the denoiser, both branches at once."""
         branches = _branches({**inputs, "return_dict": False})
         if run.unread and run.policy.reads_discrepancy(run.unread[-1].step):
-            self._read(run, keep=0)
-        step, kind = run.step, run.policy.kind(run.step)
+            self._read(run, keep=run.policy.lag)
         guidance = float(getattr(self.pipe, "guidance_scale", 2.0)) - 1
+        step, kind = run.step, run.policy.kind(run.step, guidance)
         # Guidance that was off for a step leaves nothing to go on from: every rank sees that and evaluates FULL.
         if not run.is_known:
             kind = FULL
@@ -244,12 +243,11 @@ class _Session:
             if drifted.is_cuda:  # waiting for the copy alone leaves what is queued behind it running
                 arrival = torch.cuda.Event()
                 arrival.record()
-            run.unread.append(_Unread(step, values, arrival, [trial.distance for trial in trials], guidance))
+            run.unread.append(_Unread(step, values, arrival, [trial.distance for trial in trials]))
             pair = run.rule.full(step, pred_u, pred_c, guidance)
             run.is_known = True
-            # Reading makes the host wait for this step. What the policy needs is read when the next step begins, with
-            # the scheduler's kernels queued behind this step's; the rest a FULL step late, when it has long arrived.
-            self._read(run, keep=0 if drifted.device.type == "cpu" else 1)
+            # Reading makes the host wait, and the GPU then for the host: what no policy needs is read a FULL step late.
+            self._read(run, keep=1)
         return pair
 
     def _read(self, run: _Run, keep: int) -> None:
@@ -259,7 +257,7 @@ class _Session:
         devices are of one type), so all raise or none, and all take the same decision.
         """
         while len(run.unread) > keep:
-            step, values, arrival, distances, guidance = run.unread.pop(0)
+            step, values, arrival, distances = run.unread.pop(0)
             if arrival is not None:
                 arrival.synchronize()
             discrepancy, drifted, *errors = values.tolist()
@@ -273,7 +271,7 @@ class _Session:
             run.discrepancy.append((step, discrepancy))
             run.trials.append((step, trials))
             if run.policy.reads_discrepancy(step):
-                run.policy.observe(step, discrepancy, trials, guidance)
+                run.policy.observe(step, discrepancy, trials)
 
     # A run.
 

@@ -184,11 +184,14 @@ class Policy(Protocol):
         tau_1: first step that is not FULL; None for "not yet" or "this policy has none".
         tau_2: first step after the last such.
         reads_trials: whether `observe` reads the trials.
+        lag: of the FULL steps so far, how many of the last need not have been observed when a kind is asked for. With
+            one, a GPU has that step to work on while the host decides.
         may_pipeline: whether a step may be PIPELINED, for which the denoiser has to be partitioned.
         sampler: of the run, for a policy that reads it.
     """
 
     reads_trials: bool
+    lag: int
     may_pipeline: bool
     sampler: Sampler | None
 
@@ -201,23 +204,27 @@ class Policy(Protocol):
     def reads_discrepancy(self, step: int) -> bool:
         """Whether the discrepancy of FULL step ``step`` decides anything (reading it makes a GPU's host wait)."""
 
-    def observe(self, step: int, discrepancy: float, trials: Sequence[Trial] = (), guidance: float = 1.0) -> None:
+    def observe(self, step: int, discrepancy: float, trials: Sequence[Trial] = ()) -> None:
         """Take what FULL step ``step`` measured.
 
         Args:
             discrepancy: M.
             trials: what the guidance rule's estimates would have missed there.
-            guidance: ``w - 1``.
         """
 
-    def kind(self, step: int) -> StepKind:
-        """Kind of step ``step``. On a PIPELINED step that of the next one can be asked too."""
+    def kind(self, step: int, guidance: float = 1.0) -> StepKind:
+        """Kind of step ``step``, the next one. On a PIPELINED step that of the one after it can be asked too.
+
+        Args:
+            guidance: ``w - 1``.
+        """
 
 
 class FixedPolicy:
     """The plan that the user gave, whatever is measured."""
 
     reads_trials = False
+    lag = 0
     sampler: Sampler | None = None
     tau_1: int | None = None
     tau_2: int | None = None
@@ -229,10 +236,10 @@ class FixedPolicy:
     def reads_discrepancy(self, step: int) -> bool:
         return False
 
-    def observe(self, step: int, discrepancy: float, trials: Sequence[Trial] = (), guidance: float = 1.0) -> None:
+    def observe(self, step: int, discrepancy: float, trials: Sequence[Trial] = ()) -> None:
         pass
 
-    def kind(self, step: int) -> StepKind:
+    def kind(self, step: int, guidance: float = 1.0) -> StepKind:
         return self.plan[step]
 
 
@@ -247,6 +254,7 @@ class PaperPolicy:
     """
 
     reads_trials = False
+    lag = 0  # as published
     may_pipeline = True
     sampler: Sampler | None = None
 
@@ -269,11 +277,11 @@ class PaperPolicy:
         # The last step before the cap decides nothing: the window starts after it in any case.
         return self.tau_1 is None and step + 1 < self.constants.tau_cap
 
-    def observe(self, step: int, discrepancy: float, trials: Sequence[Trial] = (), guidance: float = 1.0) -> None:
+    def observe(self, step: int, discrepancy: float, trials: Sequence[Trial] = ()) -> None:
         if self._detector.update(step, discrepancy):
             self.tau_1 = step + 1
 
-    def kind(self, step: int) -> StepKind:
+    def kind(self, step: int, guidance: float = 1.0) -> StepKind:
         if self.tau_1 is None and step >= self.constants.tau_cap:
             self.tau_1 = self.constants.tau_cap
         in_window = self.tau_1 is not None and self.tau_1 <= step < self.tau_1 + self.constants.interval
