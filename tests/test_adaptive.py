@@ -93,8 +93,8 @@ def mean_gap(plan, start, end):
 
 def test_steps_are_full_while_the_errors_fall_fast():
     fast, slow = (plan_of(50, law, tolerance=0.02) for law in (falling, level))
-    assert fast.index("S") >= slow.index("S") + 5
-    assert "F" * fast.index("S") == fast[: fast.index("S")]
+    first, soonest = (len(plan) - len(plan.lstrip("F")) for plan in (fast, slow))
+    assert first >= soonest + 5
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -129,8 +129,17 @@ def test_stronger_guidance_saves_less(law):
 
 
 @pytest.mark.parametrize("law", LAWS)
-def test_guidance_and_tolerance_twice_as_large_is_the_same_plan(law):
-    assert plan_of(50, LAWS[law], tolerance=0.02, w=3) == plan_of(50, LAWS[law], tolerance=0.04, w=5)
+def test_errors_and_tolerance_twice_as_large_is_the_same_plan(law):
+    def twice(step, steps):
+        return 2 * LAWS[law](step, steps)
+
+    assert plan_of(50, LAWS[law], tolerance=0.02) == plan_of(50, twice, tolerance=0.04)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_stronger_guidance_costs_less_than_its_share(law):
+    """It pulls back more of an error: twice w - 1 with twice the tolerance saves more."""
+    assert saved(plan_of(50, LAWS[law], tolerance=0.02, w=3)) < saved(plan_of(50, LAWS[law], tolerance=0.04, w=5))
 
 
 def test_guidance_that_is_not_there_is_no_error():
@@ -311,7 +320,7 @@ def test_very_short_runs_are_full(steps):
 
 @given(
     k=st.floats(1e-3, 10),
-    share=st.floats(0, 2.6),  # nu / (k m1): beyond sqrt(7) the floor of the drift takes over
+    share=st.floats(0, 1),  # nu / (k m1): beyond 1 the floor of the drift takes over
     m1=st.integers(1, 8),
     gap=st.integers(1, 8),
     s=st.floats(0.01, 2),
@@ -327,5 +336,5 @@ def test_a_series_made_of_the_law_gives_it_back(k, share, m1, gap, s):
 def test_the_law_keeps_the_near_error_and_never_takes_all_of_it_for_noise(rho1, rho2, m1, gap):
     law = _law(m1, rho1, m1 + gap, rho2, 1.0)
     assert law.drift * m1**2 + law.noise == pytest.approx(rho1**2)
-    assert rho1**2 / 8 <= law.drift * m1**2 * (1 + 1e-9)
+    assert rho1**2 / 2 <= law.drift * m1**2 * (1 + 1e-9)
     assert law.noise >= -1e-9 * rho1**2
