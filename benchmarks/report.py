@@ -7,24 +7,28 @@ from pathlib import Path
 
 
 def table(lines: list[dict]) -> str:
-    """The table, one row a scenario and strategy; speed-up is over ``one-gpu`` of the same scenario and run."""
+    """The table, one row a scenario and strategy; speed-ups are over ``one-gpu`` of the same scenario and run.
+
+    The floor is that of `run.py`; "of floor" is the median over it.
+    """
     rows = [
-        "| scenario | strategy | s per picture, median (min - max) | over one GPU | bound | FULL + PIPELINED + SKIPPED "
-        "| MB sent, rank 0 / 1 | peak GiB, rank 0 / 1 |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| scenario | strategy | s per picture, median (min - max) | over one GPU, eager / graphs | of floor | bound "
+        "| FULL + PIPELINED + SKIPPED | MB sent, rank 0 / 1 | peak GiB, rank 0 / 1 |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    one_gpu = {line["scenario"]: line["seconds"] for line in lines if line["strategy"] == "one-gpu"}
+    medians = {(line["scenario"], line["strategy"]): statistics.median(line["seconds"]) for line in lines}
     for line in lines:
         seconds, plan = [second / line.get("pictures", 1) for second in line["seconds"]], line["plan"] or ""
-        base = one_gpu.get(line["scenario"])
-        speedup = f"{statistics.median(base) / statistics.median(seconds):.2f}" if base else ""
+        bases = [medians.get((line["scenario"], name)) for name in ("one-gpu", "one-gpu, graphs")]
+        speedup = " / ".join(f"{base / statistics.median(seconds):.2f}" if base else "-" for base in bases)
+        floor = f"{statistics.median(line['seconds']) / line['floor']:.2f}" if line["floor"] else ""
         kinds = " + ".join(str(plan.count(letter)) for letter in "FPS") if plan else ""
         sent = " / ".join(f"{count / 1e6:.1f}" for count in line["bytes_sent"] or [])
         bound = f"{line['speedup_bound']:.2f}" if plan else ""
         memory = line["peak_memory"] if plan else line["peak_memory"][:1]
         peak = " / ".join(f"{count / 2**30:.2f}" for count in memory)
         time = f"{statistics.median(seconds):.2f} ({min(seconds):.2f} - {max(seconds):.2f})"
-        cells = [line["scenario"], line["strategy"], time, speedup, bound, kinds, sent, peak]
+        cells = [line["scenario"], line["strategy"], time, speedup, floor, bound, kinds, sent, peak]
         rows.append(f"| {' | '.join(cells)} |")
     first = lines[0]
     head = (

@@ -206,7 +206,7 @@ def _compare(
                 "plan": plan,
                 "tau_1": report and report["tau_1"],
                 "speedup_bound": report and report["speedup_bound"],
-                "bytes_sent": report and report["bytes_sent"],
+                "bytes_sent": report and report["bytes_sent"][: dist.get_world_size()],
             }
         )
     return lines

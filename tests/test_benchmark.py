@@ -34,7 +34,31 @@ def test_every_strategy_is_timed_and_reported(tmp_path):
     table = subprocess.run(
         [sys.executable, BENCHMARKS / "report.py", out], env=ENV, capture_output=True, text=True, check=True
     ).stdout
+    assert lines["sd3-tiny", "paper"]["floor"] is None and lines["sd3-tiny", "paper"]["pieces"] == [{}] * 4  # no GPU
     rows = [row for row in table.splitlines() if row.startswith("| sd")]
     assert len(rows) == len(lines)
     seconds = lines["sdxl-tiny", "adaptive 2.5, pairs"]["seconds"]
     assert f"| sdxl-tiny | adaptive 2.5, pairs | {sum(seconds) / 4:.2f} (" in table  # a pair makes half of the pictures
+
+
+def test_one_rank_alone_does_what_its_rank_does(tmp_path):
+    """On one process: as many evaluations, and as many bytes, as that rank of two."""
+    out, strategies = tmp_path / "times.jsonl", ["one-gpu, graphs", *(f"fixed 8-48/4, rank {rank}" for rank in (0, 1))]
+    flags = ("--repeats", 2, "--out", out, "--strategy", *strategies, "adaptive 2.85, rank 1")
+    torchrun(BENCHMARKS / "run.py", "--scenario", "sdxl-tiny", *flags, processes=1)
+    one, rank_0, rank_1, adaptive = map(json.loads, out.read_text().splitlines())
+    assert one["plan"] is None and adaptive["plan"].count("S") == 15
+    assert rank_0["plan"] == rank_1["plan"] == "F" * 8 + "PPPF" * 10 + "FF"
+    # float32, latents of 16 x 16; both boundaries lie on the lowest of three levels.
+    prediction, features, inner = 4 * 4 * 16 * 16, 4 * 32 * 4 * 4, 4 * 64 * 4 * 4
+    agreement = 12 * 8
+    handed_over = 20  # of three PIPELINED steps in a row the last is read by nobody
+    expected = [agreement + 20 * (16 + prediction) + handed_over * boundary for boundary in (inner, features)]
+    expected[1] += 30 * prediction
+    assert [rank_0["bytes_sent"], rank_1["bytes_sent"]] == [[expected[0]], [expected[1]]]
+
+
+def test_one_process_cannot_be_two(tmp_path):
+    flags = ("--scenario", "sdxl-tiny", "--strategy", "cfg", "--out", tmp_path / "times.jsonl")
+    result = torchrun(BENCHMARKS / "run.py", *flags, processes=1, check=False)
+    assert "One process cannot run 'cfg'" in result.stderr

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 PLAN = "FFFSPFFPPPFPPPSF"
 
 
-@pytest.fixture(params=["float32", "float16", "bfloat16"])
+@pytest.fixture(params=["float32", "float16"])
 def dtype(request):
     return getattr(torch, request.param)
 
@@ -51,7 +51,7 @@ def captured(pipe):
 @pytest.mark.parametrize("name", tiny.PIPELINES)
 def test_graphs_give_the_same_bits(name, fields, dtype):
     pipe = shared(name, dtype)
-    calls = [dict(), dict(seed=1), dict(height=48), dict(seed=2), dict(count=2), dict(height=48, seed=3)]
+    calls = [dict(), dict(height=48), dict(seed=1)]
     apply_hybrid(pipe, HybridConfig(**fields, cuda_graphs=False), simulate=True)
     expected = [call(pipe, name, **kwargs) for kwargs in calls]
     plan = last_report(pipe)["plan"]
