@@ -163,10 +163,16 @@ def _can_capture(device: torch.device) -> bool:
 
 def _capture(piece: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
     """(replay, outputs) of a piece; nothing is run."""
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may use the GPU meanwhile: NCCL's watchdog asks for its events.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        outputs = piece()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        # Other threads may use the GPU meanwhile: NCCL's watchdog asks for its events.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            outputs = piece()
+    except Exception:  # PyTorch leaves the capture's stream current, and the generator in a state for captures
+        torch.cuda.set_stream(stream)
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
+        raise
     return graph.replay, outputs
 
 

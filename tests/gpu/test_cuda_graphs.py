@@ -148,10 +148,14 @@ def test_memory_is_released_on_removal():
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved()
 
-    call(apply_hybrid(pipe, HybridConfig(plan=PLAN, cuda_graphs=False), simulate=True), "sdxl", height=512, width=512)
-    remove_hybrid(pipe)
-    before = reserved()
-    call(apply_hybrid(pipe, HybridConfig(plan=PLAN), simulate=True), "sdxl", height=512, width=512)
-    assert reserved() > before
-    remove_hybrid(pipe)
-    assert reserved() == before
+    def used():
+        """Reserved while the graphs are there, and after."""
+        apply_hybrid(pipe, HybridConfig(plan=PLAN), simulate=True)
+        call(pipe, "sdxl", height=512, width=512)
+        during = reserved()
+        remove_hybrid(pipe)
+        return during, reserved()
+
+    _, first = used()  # the stream of captures keeps a workspace of cuBLAS's from its first use on
+    during, second = used()
+    assert second == first < during
