@@ -122,7 +122,7 @@ def test_pipelined_steps_are_taken(results, name):
 def test_the_default_policy_with_a_target(results, name):
     (_, report), (images, last) = (results[rank][name, "adaptive"] for rank in range(2))
     assert report == last
-    assert "S" in last["plan"] and last["speedup_bound"] >= 2.5
+    assert "S" in last["plan"] and last["speedup_bound"] >= 2.2
     assert last["config"]["guidance"] == "deferred"
     full = results[1][name, "cfg"][0]
     assert 0 < (full - images).abs().max() < full.abs().max()

@@ -22,7 +22,7 @@ CASES = {
     "cfg": HybridConfig(policy="cfg"),
     "reuse": HybridConfig(plan="FFPPFPFFPF", guidance="reuse"),
     "deferred": HybridConfig(plan="FFPPFSFFPF", guidance="deferred"),
-    "adaptive": HybridConfig(speedup=2.3),
+    "adaptive": HybridConfig(speedup=2.2),
 }
 
 

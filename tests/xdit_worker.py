@@ -16,7 +16,7 @@ PIPELINES = {"sd3": HybridStableDiffusion3Pipeline, "sdxl": HybridStableDiffusio
 CONFIGS = {
     "cfg": HybridConfig(policy="cfg"),
     "fixed": HybridConfig(plan="FFPPFPFF", guidance="reuse"),
-    "adaptive": HybridConfig(speedup=2.5, kinds="FS"),
+    "adaptive": HybridConfig(speedup=2.2, kinds="FS"),
 }
 
 
