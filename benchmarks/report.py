@@ -21,7 +21,7 @@ def table(lines: list[dict]) -> str:
         seconds, plan = [second / line.get("pictures", 1) for second in line["seconds"]], line["plan"] or ""
         bases = [medians.get((line["scenario"], name)) for name in ("one-gpu", "one-gpu, graphs")]
         speedup = " / ".join(f"{base / statistics.median(seconds):.2f}" if base else "-" for base in bases)
-        floor = f"{statistics.median(line['seconds']) / line['floor']:.2f}" if line["floor"] else ""
+        floor = f"{medians[line['scenario'], line['strategy']] / line['floor']:.2f}" if line.get("floor") else ""
         kinds = " + ".join(str(plan.count(letter)) for letter in "FPS") if plan else ""
         sent = " / ".join(f"{count / 1e6:.1f}" for count in line["bytes_sent"] or [])
         bound = f"{line['speedup_bound']:.2f}" if plan else ""

@@ -61,8 +61,9 @@ BLOCKS = 2
 
 
 class Strategy(NamedTuple):
-    """A configuration (None: the pipeline as it is) and the ways to run it."""
+    """A configuration (None: the pipeline as it is) and the ways to run it, as named on the command line."""
 
+    name: str
     config: HybridConfig | None
     ways: list[str]
 
@@ -71,14 +72,14 @@ class Strategy(NamedTuple):
         """Read the command line's form.
 
         Raises:
-            ValueError: it is none.
+            argparse.ArgumentTypeError: it is none.
         """
         config, *ways = name.split(", ")
         if config not in CONFIGS or not set(ways) <= set(WAYS):
             raise argparse.ArgumentTypeError(
                 f"{name!r}: give one of {', '.join(CONFIGS)}, and after commas any of {', '.join(WAYS)}"
             )
-        return cls(CONFIGS[config], ways)
+        return cls(name, CONFIGS[config], ways)
 
     def runs_here(self, place: group.Place) -> bool:
         """Whether this rank has a part in it."""
@@ -87,8 +88,13 @@ class Strategy(NamedTuple):
         return "ulysses" in self.ways or "pairs" in self.ways or place.first
 
     @property
+    def alone(self) -> int | None:
+        """The rank that runs without a peer."""
+        return next((int(way[-1]) for way in self.ways if way.startswith("rank")), None)
+
+    @property
     def needs_peer(self) -> bool:
-        return self.config is not None and not any(way.startswith("rank") for way in self.ways)
+        return self.config is not None and self.alone is None
 
     @property
     def pictures(self) -> int:
@@ -102,10 +108,10 @@ class Strategy(NamedTuple):
                 yield graphs
             return
         config = replace(self.config, cuda_graphs="eager" not in self.ways)
-        alone = [int(way[-1]) for way in self.ways if way.startswith("rank")]
-        with mock.patch.object(hybrid, "Solo", partial(group.Alone, *alone)) if alone else nullcontext():
+        is_alone = self.alone is not None
+        with mock.patch.object(hybrid, "Solo", partial(group.Alone, self.alone)) if is_alone else nullcontext():
             sequence = split if "ulysses" in self.ways else None
-            apply_hybrid(pipe, config, group=place.pair, sequence=sequence, model=model, simulate=bool(alone))
+            apply_hybrid(pipe, config, group=place.pair, sequence=sequence, model=model, simulate=is_alone)
         try:
             yield getattr(pipe, hybrid._SESSION).graphs
         finally:
@@ -115,7 +121,8 @@ class Strategy(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenario", nargs="+", choices=SCENARIOS, default=["sdxl-1024", "sd3-medium-1024"])
-    parser.add_argument("--strategy", nargs="+", default=["one-gpu", "one-gpu, graphs", "cfg", "paper"])
+    usual = [Strategy.parse(name) for name in ("one-gpu", "one-gpu, graphs", "cfg", "paper")]
+    parser.add_argument("--strategy", nargs="+", type=Strategy.parse, default=usual)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=4, help="in all, half of them in each block")
     parser.add_argument(
@@ -123,10 +130,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("times.jsonl"), help="one JSON line a scenario and strategy")
     args = parser.parse_args()
-    try:
-        strategies = {name: Strategy.parse(name) for name in args.strategy}
-    except argparse.ArgumentTypeError as error:
-        parser.error(str(error))
+    strategies = {strategy.name: strategy for strategy in args.strategy}
 
     device = group.join()
     host = dist.new_group(backend="gloo")
@@ -185,7 +189,7 @@ def _compare(
     lines = []
     for name in strategies:
         gathered: list[Any] = [None] * dist.get_world_size()
-        mine = (samples[name], pieces.get(name, {}), reports.get(name))
+        mine = (samples[name], pieces[name], reports[name])
         dist.all_gather_object(gathered, mine, group=host)
         report = next((report for *_, report in gathered if report), None)
         plan = report and report["plan"]

@@ -224,11 +224,10 @@ class AdaptivePolicy:
 
     def _ahead(self, step: int, now: int, half: int) -> list[dict[StepKind, _Law]]:
         """The laws expected from ``step`` to the end, by those of FULL step ``now`` and their fall since ``half``."""
+        laws, ahead = self._laws[now], []
         falls = {kind: _fall(self._measured, half, now, kind) for kind in self._saves}
-        ahead = []
         for i in range(step, self.num_steps):
             shares = {kind: min(2.0, i / now) ** fall for kind, fall in falls.items()}
-            laws = self._laws[now]
             ahead.append({k: _Law(laws[k].drift * share, laws[k].noise * share) for k, share in shares.items()})
         return ahead
 

@@ -83,16 +83,16 @@ class Executor:
             boundary, self._captured = self._captured, None
             return pred, boundary
 
-        cut = None if self._partition is None else self._partition.cut
+        name = f"forward, boundary of {None if self._partition is None else self._partition.cut}"
         self._finish_transfers()
         self.graphs.look()
         if len(self.ranks) > 1:
-            pred_u, _ = self.graphs(f"forward, boundary of {cut}", evaluate, branches["uncond"])
-            pred_c, boundary = self.graphs(f"forward, boundary of {cut}", evaluate, branches["cond"])
+            pred_u, _ = self.graphs(name, evaluate, branches["uncond"])
+            pred_c, boundary = self.graphs(name, evaluate, branches["cond"])
             pred, drifted = pred_c, torch.zeros((), dtype=torch.bool, device=pred_c.device)
         else:
             mine: Branch = "uncond" if self.comm.rank == 0 else "cond"
-            pred, boundary = self.graphs(f"forward, boundary of {cut}", evaluate, branches[mine])
+            pred, boundary = self.graphs(name, evaluate, branches[mine])
             header = torch.zeros(2, dtype=torch.int64, device=pred.device)  # 16 bytes: the prediction stays aligned
             header[:1] = checksum(inputs)
             payload = torch.cat([header.view(torch.uint8), pred.view(-1).view(torch.uint8)])

@@ -199,7 +199,6 @@ def _state_of(denoiser: nn.Module) -> tuple[Hashable, list[nn.Module]]:
             if getattr(hook, "__module__", "").partition(".")[0] != __package__:
                 raise _Uncapturable(f"{type(module).__name__} has a forward hook")
         tensors = (*own["_parameters"].values(), *own["_buffers"].values())
-        tensors = (*own["_parameters"].values(), *own["_buffers"].values())
         state += [type(module), own.get("forward"), *(t.data_ptr() for t in tensors if t is not None)]
         state += [value for value in own.values() if type(value) in (bool, int, float, str)]
         if "scaling" in own or hasattr(module, "processor"):

@@ -41,6 +41,13 @@ _EXCLUDED_FLAGS = (
     "cache_method",
 )
 
+
+def _switch(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from on, off)")
+    return text == "on"
+
+
 _HYBRID_OPTIONS: dict[str, dict[str, Any]] = {
     "policy": {
         "choices": list(POLICIES),
@@ -75,7 +82,8 @@ _HYBRID_OPTIONS: dict[str, dict[str, Any]] = {
     "plan": {"metavar": "PLAN", "help": "for 'fixed': F, P or S a step, or START-END/GAP such as 8-48/2, 8-48/2S"},
     "stages": {"type": int, "metavar": "N", "help": "stages of a PIPELINED step"},
     "cuda_graphs": {
-        "choices": ["on", "off"],
+        "type": _switch,
+        "metavar": "{on,off}",
         "help": "launch a GPU's kernels by CUDA graphs (default: on)",
     },
     "report": {"metavar": "DIR", "help": "write report.json and report.png there"},
@@ -148,8 +156,7 @@ def read_config(args: argparse.Namespace) -> HybridConfig | None:
     """
     given = {name: getattr(args, f"hybrid_{name}") for name in _HYBRID_OPTIONS}
     if args.parallel == "hybrid-cond":
-        switch = given.pop("cuda_graphs")
-        return HybridConfig(**given, cuda_graphs=None if switch is None else switch == "on")
+        return HybridConfig(**given)
     if flags := [f"--hybrid_{name}" for name, value in given.items() if value is not None]:
         raise ValueError(f"{', '.join(flags)} need --parallel hybrid-cond: add it, or drop them.")
     return None
