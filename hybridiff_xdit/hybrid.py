@@ -290,7 +290,7 @@ class _Session:
         rule = Mixed if config.policy == "cfg" else RULES[str(config.guidance)]
         sampler = None
         if config.policy == "adaptive" or rule.needs_sampler:
-            start = float(torch.as_tensor(inputs["timestep"]).flatten()[0])
+            start = float(inputs["timestep"].flatten()[0])
             sampler = read_sampler(self.pipe.scheduler, start, num_steps)
         policy = make_policy(config, num_steps, self.anatomy.family, sampler)
         if policy.may_pipeline:
@@ -380,7 +380,7 @@ class _Session:
 
 
 def denoiser_of(pipe: Any) -> torch.nn.Module:
-    """The pipeline's denoiser.
+    """The pipeline's denoiser, as it is beneath ``torch.compile``.
 
     Raises:
         ValueError: it has none, or does not do classifier-free guidance.
@@ -392,13 +392,7 @@ def denoiser_of(pipe: Any) -> torch.nn.Module:
             f"hybrid-cond needs a pipeline that does classifier-free guidance with a `unet` or a `transformer`; "
             f"{type(pipe).__name__} is none."
         )
-    original = getattr(denoiser, "_orig_mod", denoiser)
-    if original is not denoiser or original._compiled_call_impl is not None:
-        logger.warning(
-            "hybrid-cond answers the denoiser's calls itself, so that compiling the whole denoiser has no effect. "
-            "Compile its blocks: block.forward = torch.compile(block.forward)."
-        )
-    return original
+    return getattr(denoiser, "_orig_mod", denoiser)
 
 
 def _branches(inputs: Inputs) -> dict[Branch, Inputs]:
@@ -489,7 +483,14 @@ def apply_hybrid(
             f"hybrid-cond runs on 2 ranks (one a branch), but the group has {size}. Start it with "
             "--nproc_per_node 2, or pass group= with two ranks."
         )
-    anatomy = read(denoiser_of(pipe))
+    denoiser = denoiser_of(pipe)
+    is_wrapped = all(getattr(pipe, name, None) is not denoiser for name in ("transformer", "unet"))
+    if is_wrapped or denoiser._compiled_call_impl is not None:
+        logger.warning(
+            "hybrid-cond answers the denoiser's calls itself, so that compiling the whole denoiser has no effect. "
+            "Compile its blocks: block.forward = torch.compile(block.forward)."
+        )
+    anatomy = read(denoiser)
     if config.report is not None:
         Path(config.report).mkdir(parents=True, exist_ok=True)
     if size == 1 and not simulate:
