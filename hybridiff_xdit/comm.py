@@ -1,8 +1,8 @@
 """The few exchanges between the ranks, on a given process group.
 
-Predictions travel by collectives and boundaries point to point. On NCCL these are two communicators, so neither waits
-for the other. Every rank issues all its operations in one common order, so that a group whose communicator serves both
-(one that was initialised with ``device_id``) is slower, but does not hang.
+Both predictions of a FULL step travel by a collective, the rest point to point. On NCCL these are two communicators, so
+neither waits for the other. Every rank issues all its operations in one common order, so that a group whose
+communicator serves both (one that was initialised with ``device_id``) is slower, but does not hang.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ from .partition import tensors_of
 
 
 class Transfer:
-    """An asynchronous send or receive. `wait` blocks the device's stream (with NCCL), not the host."""
+    """An asynchronous send. `wait` blocks the device's stream (with NCCL), not the host."""
 
     def __init__(self, comm: Comm, peer: int, tensor: torch.Tensor, work: Any) -> None:
-        self._comm, self._peer, self._tensor, self._work = comm, peer, tensor, work
+        self._comm, self._peer, self._tensor, self._work = comm, peer, tensor, work  # the tensor must live till then
 
-    def wait(self) -> torch.Tensor:
-        """Complete it and return the tensor."""
+    def wait(self) -> None:
+        """Complete it."""
         with self._comm.guard(self._peer):
             self._work.wait()
-        return self._tensor
 
 
 class Comm:
@@ -55,24 +54,17 @@ class Comm:
             dist.all_gather(gathered, tensor, group=self.group)
         return gathered
 
-    def broadcast(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
-        """Rank ``src``'s tensor; on the other ranks the given one is overwritten."""
-        if self.rank == src:
-            self.bytes_sent += tensor.nbytes * (self.size - 1)
-        with self.guard(src):
-            dist.broadcast(tensor, self._global_rank(src), group=self.group)
-        return tensor
-
     def send(self, tensor: torch.Tensor, dst: int) -> Transfer:
         """Start to send; the tensor must not change until the transfer is waited for."""
         self.bytes_sent += tensor.nbytes
         with self.guard(dst):
             return Transfer(self, dst, tensor, dist.isend(tensor, self._global_rank(dst), group=self.group))
 
-    def receive(self, tensor: torch.Tensor, src: int) -> Transfer:
-        """Start to receive into ``tensor``."""
+    def receive(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
+        """Receive into ``tensor``, and return it. As `Transfer.wait`, it blocks the device's stream (with NCCL)."""
         with self.guard(src):
-            return Transfer(self, src, tensor, dist.irecv(tensor, self._global_rank(src), group=self.group))
+            dist.recv(tensor, self._global_rank(src), group=self.group)
+        return tensor
 
     def _global_rank(self, rank: int) -> int:
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
@@ -99,9 +91,6 @@ class Solo(Comm):
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         return [tensor]
-
-    def broadcast(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
-        return tensor
 
 
 def checksum(value: Any) -> torch.Tensor:

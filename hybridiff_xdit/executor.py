@@ -30,6 +30,14 @@ class _Known(NamedTuple):
     boundary: Boundary
 
 
+class _Due(NamedTuple):
+    """A boundary handed over and not yet taken, or None if it is to be received; from which segment, at which time."""
+
+    source: Segment
+    time: float
+    boundary: Boundary | None
+
+
 class Executor:
     """Evaluates steps on a group of two ranks, or on one process that plays both in turn.
 
@@ -50,9 +58,7 @@ class Executor:
         self._prediction: torch.Tensor | None = None  # of the last FULL step: shape and dtype of the next
         self._captured: Boundary | None = None  # by the hook, in the last forward
         self._known: list[_Known] = []  # the last two boundaries of stage 1, on its rank
-        self._arrived: Boundary | None = None  # where both ends are in this process
-        self._incoming: tuple[Transfer, list[torch.Size]] | None = None  # one flat tensor, and the shapes in it
-        self._incoming_time = 0.0
+        self._due: _Due | None = None
         self._outgoing: list[Transfer] = []
         self._capture: Any = None
 
@@ -107,7 +113,8 @@ class Executor:
                 "hybrid-cond: the denoiser's forward did not call the block that ends a stage as a module. Compile the "
                 "blocks' forwards (block.forward = torch.compile(block.forward)) instead of the whole denoiser."
             )
-        self._learn(time, boundary)
+        if boundary is not None:
+            self._learn(_Known(time, boundary))
         self._prediction = pred
         return Exchange(pred_u, pred_c, drifted)
 
@@ -130,7 +137,6 @@ class Executor:
         assert self._partition is not None and self._prediction is not None, "no FULL step came before"
         partition = self._partition
         stage1 = partition.output_rank
-        self._learn(self._incoming_time, self._take_boundary())
         self.graphs.look()
         left: dict[int, Activation] = {}  # by each rank of this process, after its segments so far
         for index, segment in enumerate(partition.segments):
@@ -140,19 +146,22 @@ class Executor:
             if rank in self.ranks:
                 boundary = None
                 if index > 0:
-                    boundary = self._read(time, extrapolate) if segment.age else self._take_boundary()
-                    assert boundary is not None
+                    boundary = self._read(time, extrapolate) if segment.age else self._take().boundary
                 branch = branches["cond" if rank == stage1 else stage0_branch]
                 name = f"units {segment.start} to {segment.stop}"
                 left[rank] = self.graphs(name, partial(self._evaluate, segment), branch, left.pop(rank, None), boundary)
-            if hand_over and index + 1 < len(partition.segments):
-                self._cross(segment, partition.segments[index + 1], left[rank].boundary if rank in left else None)
+            if hand_over and index + 1 < len(partition.segments) and not partition.segments[index + 1].age:
+                self._hand_over(segment, partition.segments[index + 1], left, time)
         if stage1 in self.ranks:
             (pred,) = left[stage1].boundary
+            if len(self.ranks) == 1:
+                self._send(pred, 1 - stage1)
         else:
-            pred = torch.empty_like(self._prediction)
-        self._incoming_time = time
-        return self.comm.broadcast(pred, stage1)
+            pred = self.comm.receive(torch.empty_like(self._prediction), stage1)
+        if hand_over:
+            *_, source, target = partition.segments
+            self._hand_over(source, target, left, time)
+        return pred
 
     def drain(self) -> None:
         """Complete what is in flight and forget the run; what was captured stays for the next."""
@@ -162,13 +171,18 @@ class Executor:
         self._capture = self._partition = self._prediction = self._captured = None
         self._known.clear()
 
-    def _learn(self, time: float, boundary: Boundary | None) -> None:
+    def _learn(self, new: _Known) -> None:
         """Keep a boundary of stage 1; solvers that evaluate twice at one time replace the first of the two."""
-        if boundary is not None:
-            self._known = [*(known for known in self._known if known.time != time), _Known(time, boundary)][-2:]
+        self._known = [*(known for known in self._known if known.time != new.time), new][-2:]
+
+    def _learn_due(self) -> None:
+        """Keep the boundary of stage 1 that is due, if one is."""
+        if self._due is not None:
+            self._learn(self._take())
 
     def _read(self, time: float, extrapolate: bool) -> Boundary:
         """What stage 1 reads at ``time``."""
+        self._learn_due()
         last = self._known[-1]
         if not extrapolate or len(self._known) < 2:
             return last.boundary
@@ -195,35 +209,43 @@ class Executor:
             return activation
         return Activation((self.anatomy.prediction(activation).contiguous(),), {})
 
-    def _cross(self, source: Segment, target: Segment, boundary: Boundary | None) -> None:
-        """Start the transfer of the boundary between two segments: one flat tensor."""
-        if source.rank in self.ranks and target.rank in self.ranks:
-            self._arrived = boundary
-        elif source.rank in self.ranks:
-            assert boundary is not None
-            flat = torch.cat([tensor.reshape(-1) for tensor in boundary])
-            self._outgoing.append(self.comm.send(flat, target.rank))
-            if len(self._outgoing) > 1:  # the peer has read the one before: this frees its memory
-                self._outgoing.pop(0).wait()
-        else:
-            assert self._partition is not None and self._prediction is not None
-            tensors = self._partition.shapes[source.stop - 1]
-            shapes, dtype = [shape for shape, _ in tensors], tensors[0][1]
-            count = sum(shape.numel() for shape in shapes)
-            buffer = torch.empty(count, dtype=dtype, device=self._prediction.device)
-            self._incoming = self.comm.receive(buffer, source.rank), shapes
+    def _hand_over(self, source: Segment, target: Segment, left: dict[int, Activation], time: float) -> None:
+        """Pass on the boundary between two segments: one flat tensor.
 
-    def _take_boundary(self) -> Boundary | None:
-        """The boundary that has arrived, if any; it is handed out once."""
-        if self._incoming is not None:
-            (transfer, shapes), self._incoming = self._incoming, None
-            parts = transfer.wait().split([shape.numel() for shape in shapes])
-            return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
-        boundary, self._arrived = self._arrived, None
-        return boundary
+        Between two ranks it is sent at once and received where it is read. A receive that is posted earlier holds many
+        of the GPU's multiprocessors while it waits (NCCL over NVLink: SD3 lost a quarter of a step so).
+        """
+        # What is due from the step before is taken first: it must not be lost, and the two ranks' transfers have one
+        # order (were both to send first, they would wait for each other).
+        self._learn_due()
+        boundary = left[source.rank].boundary if source.rank in self.ranks else None
+        if target.rank in self.ranks:
+            self._due = _Due(source, time, boundary)
+        else:
+            assert boundary is not None
+            self._send(torch.cat([tensor.reshape(-1) for tensor in boundary]), target.rank)
+
+    def _send(self, tensor: torch.Tensor, rank: int) -> None:
+        """Start to send; nothing here waits for it but the memory it needs."""
+        self._outgoing.append(self.comm.send(tensor, rank))
+        if len(self._outgoing) > 2:  # in flight: a prediction and a boundary
+            self._outgoing.pop(0).wait()
+
+    def _take(self) -> _Known:
+        """The boundary that is due, once it has arrived."""
+        assert self._due is not None and self._partition is not None and self._prediction is not None
+        (source, time, boundary), self._due = self._due, None
+        if boundary is None:
+            tensors = self._partition.shapes[source.stop - 1]
+            count, dtype = sum(shape.numel() for shape, _ in tensors), tensors[0][1]
+            buffer = torch.empty(count, dtype=dtype, device=self._prediction.device)
+            parts = self.comm.receive(buffer, source.rank).split([shape.numel() for shape, _ in tensors])
+            boundary = tuple(part.view(shape) for part, (shape, _) in zip(parts, tensors, strict=True))
+        return _Known(time, boundary)
 
     def _finish_transfers(self) -> None:
-        self._take_boundary()
+        if self._due is not None:  # the run took another turn than was foreseen: the peer has sent it
+            self._take()
         for transfer in self._outgoing:
             transfer.wait()
         self._outgoing.clear()
