@@ -21,7 +21,7 @@ import platform
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
@@ -290,7 +290,8 @@ def _applied(pipe: Any, run: HybridConfig | Plain | BothBranches) -> Iterator[No
     if not isinstance(run, HybridConfig):
         yield
         return
-    apply_hybrid(pipe, run, simulate=True)
+    # The cut shall not depend on the machine.
+    apply_hybrid(pipe, replace(run, balance="flops"), simulate=True)
     try:
         yield
     finally:

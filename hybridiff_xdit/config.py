@@ -37,6 +37,9 @@ class HybridConfig:
         tau_cap: the latest step at which the window starts.
         plan: for ``fixed``: a letter F, P or S a step, or ``START-END/GAP`` (`Plan.parse`).
         stages: stages of a PIPELINED step. Only 2 so far.
+        balance: what makes the stages' shares alike: ``time``, measured on a GPU on the first run of a size (elsewhere,
+            and where a branch's tokens are split, it is ``flops``), or ``flops``, which gives the same stages, and so
+            the same pictures, on any device. Default: ``time``.
         cuda_graphs: whether a GPU's kernels are launched by CUDA graphs (`graphs`). Default: yes.
         report: folder for ``report.json`` and ``report.png``, made if missing; rank 0 writes.
 
@@ -56,6 +59,7 @@ class HybridConfig:
     tau_cap: int | None = None
     plan: str | None = None
     stages: int | None = None
+    balance: str | None = None
     cuda_graphs: bool | None = None
     report: str | os.PathLike[str] | None = None
 
@@ -65,6 +69,8 @@ class HybridConfig:
         self._one_of("policy", POLICIES)
         object.__setattr__(self, "guidance", self.guidance or ("mixed" if policy == "paper" else "deferred"))
         self._one_of("guidance", RULES)
+        if self.balance not in (None, "time", "flops"):
+            self._refuse("balance", "give time or flops")
         if self.cuda_graphs not in (None, True, False):
             self._refuse("cuda_graphs", "give True (on the command line: on) or False (off)")
         self._check_adaptive()

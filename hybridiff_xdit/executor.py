@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -9,8 +10,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from .comm import Comm, Transfer, checksum
-from .graphs import Graphs
-from .partition import Activation, Anatomy, Boundary, Inputs, Partition, Segment
+from .graphs import Graphs, can_capture, seconds_between
+from .partition import Activation, Anatomy, Boundary, Inputs, Partition, Segment, tensors_of
 
 Branch = Literal["uncond", "cond"]
 
@@ -62,9 +63,13 @@ class Executor:
         self._outgoing: list[Transfer] = []
         self._capture: Any = None
 
-    def prepare(self, inputs: Inputs) -> None:
-        """Choose the partition for one branch's inputs and watch its cut, so that a FULL step leaves its boundary."""
-        self._partition = self.anatomy.partition(inputs)
+    def prepare(self, inputs: Inputs, is_timed: bool = False) -> None:
+        """Choose the partition for one branch's inputs and watch its cut, so that a FULL step leaves its boundary.
+
+        Args:
+            is_timed: whether it is balanced by time, where that can be measured. The same on all ranks.
+        """
+        self._partition = self.anatomy.partition(inputs, self._seconds(inputs) if is_timed else None)
         if self._partition.output_rank in self.ranks:
             unit = self.anatomy.units[self._partition.cut]
             self._capture = unit.module.register_forward_hook(
@@ -170,6 +175,17 @@ class Executor:
             self._capture.remove()
         self._capture = self._partition = self._prediction = self._captured = None
         self._known.clear()
+
+    def _seconds(self, inputs: Inputs) -> tuple[float, ...] | None:
+        """What each unit takes, the mean over the ranks; None where one of them could not measure it."""
+        device = next(tensors_of(inputs)).device
+        if not can_capture(device):
+            return None
+        mine = self.anatomy.seconds(inputs, seconds_between) or (math.nan,) * len(self.anatomy.units)
+        # Exchanged on every run, whatever a rank remembers: one that has measured must not wait for one that has not.
+        gathered = torch.stack(self.comm.all_gather(torch.tensor(mine, dtype=torch.float64, device=device)))
+        mean = tuple(gathered.mean(dim=0).tolist())
+        return None if math.isnan(mean[0]) else mean
 
     def _learn(self, new: _Known) -> None:
         """Keep a boundary of stage 1; solvers that evaluate twice at one time replace the first of the two."""

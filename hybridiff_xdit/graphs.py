@@ -20,7 +20,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable
-from itertools import count
+from itertools import count, pairwise
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,8 @@ MOST_KEYS = 24
 MOST_STATES = 64
 #: First calls of a piece in a row, with another key each time, that are no coincidence.
 MOST_FIRST_CALLS = 8
+#: Replays that are timed, of the denoiser's units.
+REPLAYS = 5
 
 #: What PEFT's layers keep of their adapters, beside the weights.
 _ADAPTERS = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters")
@@ -77,7 +80,7 @@ class Graphs:
         """Note the state of the denoiser that lasts a run; to be called when one begins."""
         self._device = next(self.denoiser.parameters()).device
         self._fixed = None
-        if self._is_on and _can_capture(self._device):
+        if self._is_on and can_capture(self._device):
             if len(self._states) > MOST_STATES:
                 self.clear()
             try:
@@ -123,7 +126,7 @@ class Graphs:
 
     def refuse(self, reason: str) -> None:
         """Capture nothing from now on, and say why."""
-        if self._is_on and _can_capture(next(self.denoiser.parameters()).device):
+        if self._is_on and can_capture(next(self.denoiser.parameters()).device):
             logger.warning("hybrid-cond: runs without CUDA graphs, since %s. See Speed in the README.", reason)
         self._is_on, self._fixed = False, None
         self.clear()
@@ -153,12 +156,40 @@ class Graphs:
         return _Graph(inputs, replay, outputs)
 
 
+def can_capture(device: torch.device) -> bool:
+    """Whether it has CUDA graphs."""
+    return device.type == "cuda"
+
+
+def seconds_between(run: Callable[[Callable[[], None]], None]) -> tuple[float, ...] | None:
+    """Seconds on the GPU between the marks of ``run(mark)``: of its graph, so without what launching takes.
+
+    Returns:
+        One number less than there are marks, each the median of `REPLAYS`; None where it cannot be captured.
+    """
+    events: list[Any] = []
+
+    def mark() -> None:
+        events.append(torch.cuda.Event(enable_timing=True, external=True))  # external: PyTorch 2.8
+        events[-1].record()
+
+    try:
+        with torch.no_grad():
+            run(lambda: None)  # compiles and tunes what there is to
+            replay, _ = _capture(lambda: run(mark), None)
+    except Exception as error:
+        logger.info("hybrid-cond: stages are balanced by FLOPs, since timing them failed (%s).", error)
+        return None
+    samples = []
+    for _ in range(REPLAYS):
+        replay()
+        events[-1].synchronize()
+        samples.append([before.elapsed_time(after) / 1e3 for before, after in pairwise(events)])
+    return tuple(map(median, zip(*samples, strict=True)))
+
+
 class _Uncapturable(Exception):
     """Why a denoiser's kernels cannot be replayed."""
-
-
-def _can_capture(device: torch.device) -> bool:
-    return device.type == "cuda"
 
 
 def _capture(piece: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:

@@ -295,7 +295,8 @@ class _Session:
         policy = make_policy(config, num_steps, self.anatomy.family, sampler)
         if policy.may_pipeline:
             self.anatomy.check_inputs(inputs)
-            self.executor.prepare(_branches(inputs)["cond"])
+            is_timed = config.balance != "flops" and self.sequence is None
+            self.executor.prepare(_branches(inputs)["cond"], is_timed)
         self.graphs.begin()
         return _Run(num_steps, policy, rule(sampler), sampler, is_guided, self.scheduler.timesteps)
 

@@ -1,4 +1,4 @@
-"""Stages as data, found from the structure of the denoiser and balanced by counted FLOPs.
+"""Stages as data, found from the structure of the denoiser and balanced by counted FLOPs or measured time.
 
 A denoiser is read as a list of *units* (a patch embedding, a resnet, an attention, a transformer block ...) that are
 run in order on an activation. A *segment* is a run of units that one rank evaluates on a PIPELINED step. Two shapes:
@@ -30,6 +30,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -43,6 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 Boundary = tuple[torch.Tensor, ...]
 Inputs = dict[str, Any]
+Clock = Callable[[Callable[[Callable[[], None]], None]], tuple[float, ...] | None]  # `graphs.seconds_between`
 
 
 class Activation(NamedTuple):
@@ -122,8 +124,20 @@ class SequenceParts(NamedTuple):
     attentions: list[Attention]
 
 
-#: Partitions found so far of each denoiser, by the shapes and dtypes of its inputs: they outlive apply and remove.
-_PARTITIONS: WeakKeyDictionary[nn.Module, dict[Any, Partition]] = WeakKeyDictionary()
+#: Slower shares of a partition, as measured, that are no reason to choose it.
+ALIKE = 0.02
+
+
+class _Found(NamedTuple):
+    """What was found of a denoiser so far, by the shapes and dtypes of its inputs."""
+
+    partitions: dict[Any, Partition]
+    counts: dict[Any, tuple[list[int], tuple[Any, ...]]]
+    seconds: dict[Any, tuple[float, ...] | None]
+
+
+#: It outlives apply and remove.
+_FOUND: WeakKeyDictionary[nn.Module, _Found] = WeakKeyDictionary()
 
 
 class Anatomy(ABC):
@@ -145,7 +159,7 @@ class Anatomy(ABC):
             )
         self.denoiser = denoiser
         self.units = tuple(self._units())
-        self._partitions = _PARTITIONS.setdefault(denoiser, {})
+        self._found = _FOUND.setdefault(denoiser, _Found({}, {}, {}))
 
     @staticmethod
     @abstractmethod
@@ -203,14 +217,20 @@ class Anatomy(ABC):
             if USE_PEFT_BACKEND:
                 unscale_lora_layers(self.denoiser, scale)
 
-    def partition(self, inputs: Inputs) -> Partition:
+    def partition(self, inputs: Inputs, seconds: tuple[float, ...] | None = None) -> Partition:
         """The best partition in two for one branch's inputs: the smallest larger share, then the smallest boundary.
 
         Cached by the inputs' shapes and dtypes.
+
+        Args:
+            seconds: cost of each unit, as measured; by default it is its FLOPs. Partitions within `ALIKE` of the best
+                are then alike, so that noise seldom chooses.
         """
-        key = tuple((t.shape, t.dtype) for t in tensors_of(inputs))
-        if key not in self._partitions:
-            flops, shapes = self._measure(inputs)
+        kind = _kind(inputs)
+        if (kind, seconds) not in self._found.partitions:
+            if kind not in self._found.counts:
+                self._found.counts[kind] = self._count(inputs)
+            flops, shapes = self._found.counts[kind]
             candidates = [
                 Partition(segments, _shares(segments, flops), shapes)
                 for segments in self._candidates()
@@ -219,14 +239,34 @@ class Anatomy(ABC):
             if not candidates:
                 raise ValueError(f"{type(self.denoiser).__name__} is too shallow to be cut into 2 stages.")
             size = lambda p: sum(shape.numel() for s in p.segments[:-1] for shape, _ in shapes[s.stop - 1])  # noqa: E731
-            self._partitions[key] = min(candidates, key=lambda p: (max(p.flops), size(p)))
-        return self._partitions[key]
+            if seconds is not None:
+                slower = [max(_shares(p.segments, seconds)) for p in candidates]
+                alike = (1 + ALIKE) * min(slower)
+                candidates = [p for p, share in zip(candidates, slower, strict=True) if share <= alike]
+            self._found.partitions[kind, seconds] = min(candidates, key=lambda p: (max(p.flops), size(p)))
+        return self._found.partitions[kind, seconds]
 
-    def _measure(self, inputs: Inputs) -> tuple[list[int], tuple[Any, ...]]:
+    def seconds(self, inputs: Inputs, clock: Clock) -> tuple[float, ...] | None:
+        """What each unit takes by a clock; None where it cannot tell. Cached by the inputs' shapes and dtypes."""
+        kind = _kind(inputs)
+        if kind not in self._found.seconds:
+            self._found.seconds[kind] = clock(partial(self.walk, inputs))
+        return self._found.seconds[kind]
+
+    def walk(self, inputs: Inputs, mark: Callable[[], None]) -> None:
+        """Evaluate one branch, unit by unit; ``mark`` is called before the first and after each."""
+        with self.lora_scale(inputs) as inputs:
+            activation = self.start(inputs)
+            mark()
+            for unit in self.units:
+                activation = unit(activation)
+                mark()
+
+    def _count(self, inputs: Inputs) -> tuple[list[int], tuple[Any, ...]]:
         """FLOPs of each unit and the shapes of the boundary after it, by a run on fake tensors (no memory, no GPU).
 
         The modules' own forward hooks see those too. Attention is counted in its plain form, because the fused kernels
-        that PyTorch chooses by device are not all counted: the partition must not depend on the device.
+        that PyTorch chooses by device are not all counted: this must not depend on the device.
         """
         flops, shapes = [], []
         fakes = FakeTensorMode(allow_non_fake_inputs=True)
@@ -474,10 +514,14 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
     return value
 
 
-def _shares(segments: Sequence[Segment], flops: Sequence[int]) -> tuple[int, ...]:
+def _kind(inputs: Inputs) -> Any:
+    return tuple((t.shape, t.dtype) for t in tensors_of(inputs))
+
+
+def _shares(segments: Sequence[Segment], costs: Sequence[Any]) -> tuple[Any, ...]:
     shares = [0] * (1 + max(s.rank for s in segments))
     for s in segments:
-        shares[s.rank] += sum(flops[s.start : s.stop])
+        shares[s.rank] += sum(costs[s.start : s.stop])
     return tuple(shares)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 LEAST_GAIN = 0.5  # of the largest among the steps whose error a step pays back
@@ -57,9 +58,14 @@ def read_sampler(scheduler: Any, start: float, num_steps: int, **extra: Any) -> 
     timesteps = scheduler.timesteps.tolist()
     first = min(range(len(timesteps)), key=lambda i: abs(timesteps[i] - start))
     # set_begin_index and the like are state: two calls may differ in it alone.
-    state = str({name: value for name, value in vars(scheduler).items() if not callable(value)})
+    state = tuple((name, _text(value)) for name, value in vars(scheduler).items() if not callable(value))
     run = tuple(timesteps[first : first + num_steps])
     return _read(_Key((type(scheduler), state, run, str(extra)), scheduler, extra))
+
+
+def _text(value: Any) -> str:
+    """All of a value, as text. (What PyTorch prints of a tensor leaves out its middle, and takes milliseconds.)"""
+    return str(value.tolist() if isinstance(value, torch.Tensor | np.ndarray) else value)
 
 
 class _Key:

@@ -56,6 +56,7 @@ def test_is_frozen_and_keyword_only():
 @pytest.mark.parametrize(
     ("fields", "flag", "mend"),
     [
+        (dict(balance="memory"), "--hybrid_balance", "give time or flops"),
         (dict(cuda_graphs="on"), "--hybrid_cuda_graphs", "give True"),
         (dict(policy="fastest"), "--hybrid_policy", "choose one of adaptive, cfg, paper, fixed"),
         (dict(guidance="stale"), "--hybrid_guidance", "choose one of mixed, none, reuse, deferred"),

@@ -44,7 +44,7 @@ class Evaluations:
 
 def caught(pipe, name, *, fields=None, **kwargs):
     """(kind of error, message, evaluations before it) of a call."""
-    apply_hybrid(pipe, HybridConfig(**(fields or {"plan": PLAN})))
+    apply_hybrid(pipe, HybridConfig(balance="flops", **(fields or {"plan": PLAN})))
     evaluations = Evaluations(pipe)
     try:
         tiny.call(pipe, name, **kwargs)

@@ -5,6 +5,7 @@ An all-FULL plan must agree bit for bit, one with PIPELINED and SKIPPED steps to
 
 import logging
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import oracle
@@ -29,7 +30,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
+from hybridiff_xdit import HybridConfig, apply_hybrid, executor, last_report, remove_hybrid
 
 PLAN = "FFPPFPF"
 #: What the rule ``deferred`` is given in place of each plan.
@@ -153,7 +154,7 @@ SCHEDULERS = {
 def compare(pipe, name, fields, plan, kwargs, sampler=oracle.closed_form, cut=None):
     """(output, report, output of a plain pipeline with the oracle in it; None but on rank 0)."""
     kwargs = {"num_inference_steps": len(PLAN), **kwargs}
-    apply_hybrid(pipe, HybridConfig(**fields))
+    apply_hybrid(pipe, HybridConfig(balance="flops", **fields))
     try:
         found, report = tiny.call(pipe, name, **kwargs), last_report(pipe)
     finally:
@@ -223,7 +224,7 @@ def another_scheduler(case, fields, plan, when):
     before, after = pipe.scheduler, kind.from_config(pipe.scheduler.config, **settings)
     if when == "before apply":
         pipe.scheduler = after
-    apply_hybrid(pipe, HybridConfig(**fields))
+    apply_hybrid(pipe, HybridConfig(balance="flops", **fields))
     try:
         if when == "after a call":
             tiny.call(pipe, name, num_inference_steps=len(plan))
@@ -329,6 +330,32 @@ def fail_at_4(pipe, step, timestep, tensors):
     return {}
 
 
+SLOW_START, SLOW_END = (0.0, 5.0, 1.0, 1.0, 1.0, 0.0), (0.0, 1.0, 1.0, 1.0, 4.0, 0.0)  # of pos_embed, blocks, proj_out
+
+
+def timed(measured, cut):
+    """(latents of ranks that measured these seconds, of the oracle with this cut)."""
+    pipe, fields = tiny.PIPELINES["sd3"](), {"plan": "FFPPPPPPFF", "guidance": "reuse"}  # one that was never timed
+    apply_hybrid(pipe, HybridConfig(**fields))
+    clock = mock.patch.object(executor, "seconds_between", lambda run: measured[dist.get_rank()])
+    with clock, mock.patch.object(executor, "can_capture", lambda device: True):
+        found = tiny.call(pipe, "sd3")
+    remove_hybrid(pipe)
+    with oracle.inside(pipe, plan=fields["plan"], rule="reuse", cut=cut):
+        return found, tiny.call(pipe, "sd3")
+
+
+@pytest.mark.parametrize(
+    ("measured", "cut"),
+    [((SLOW_START, SLOW_START), 1), ((SLOW_END, SLOW_END), 3), ((SLOW_START, SLOW_END), 1), ((SLOW_START, None), 2)],
+    ids=["first block", "last block", "ranks that differ", "a rank that cannot"],
+)
+def test_stages_are_balanced_by_the_mean_of_the_ranks_times(pair, measured, cut):
+    for found, expected in pair.run(timed, measured, cut):
+        assert torch.allclose(found, expected, rtol=0, atol=1e-5 * expected.abs().max())
+    assert not torch.equal(expected, pair.run(timed, measured, 2)[0][1]) or cut == 2  # the cut tells
+
+
 def cut_short(callback, fields):
     """Latents of a call after one that did not come to its end, on a plan that leaves a transfer in flight there."""
     pipe = apply_hybrid(tiny.pipeline("sd3"), HybridConfig(**fields))
@@ -399,7 +426,7 @@ def taken_off(name, fields, times):
     plain, before = tiny.call(pipe, name, **steps), state(pipe, denoiser)
     weights = {key: value.clone() for key, value in denoiser.state_dict().items()}
     for _ in range(times):
-        apply_hybrid(pipe, HybridConfig(**fields))
+        apply_hybrid(pipe, HybridConfig(balance="flops", **fields))
     found = tiny.call(pipe, name, **steps)
     assert state(pipe, denoiser) != before
     assert remove_hybrid(pipe) is pipe
@@ -426,7 +453,7 @@ def applied_again():
     pipe = apply_hybrid(tiny.pipeline("sd3"), HybridConfig(policy="cfg"))
     plans = []
     for fields in ({"policy": "cfg"}, {"plan": PLAN}):
-        apply_hybrid(pipe, HybridConfig(**fields))
+        apply_hybrid(pipe, HybridConfig(balance="flops", **fields))
         tiny.call(pipe, "sd3", num_inference_steps=len(PLAN))
         plans.append(last_report(pipe)["plan"])
     remove_hybrid(pipe)

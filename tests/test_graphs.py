@@ -35,7 +35,7 @@ def tape(monkeypatch):
 
         return replay, outputs
 
-    monkeypatch.setattr(graphs, "_can_capture", lambda device: True)
+    monkeypatch.setattr(graphs, "can_capture", lambda device: True)
     monkeypatch.setattr(graphs, "_capture", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     return taped

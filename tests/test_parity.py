@@ -38,8 +38,8 @@ TOLERANCE = {"cpu": 1e-5, "cuda": 1e-4}
 
 
 def hybrid(name, fields, simulate=False, **kwargs):
-    """(latents, report) of the pipeline ``name`` on this rank."""
-    pipe = apply_hybrid(tiny.pipeline(name, ranks.device()), HybridConfig(**fields), simulate=simulate)
+    """(latents, report) of the pipeline ``name`` on this rank, cut where the oracle cuts it."""
+    pipe = apply_hybrid(tiny.pipeline(name, ranks.device()), HybridConfig(balance="flops", **fields), simulate=simulate)
     try:
         return tiny.call(pipe, name, **kwargs).cpu(), last_report(pipe)
     finally:

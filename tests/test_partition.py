@@ -240,6 +240,33 @@ def test_sd35_counts_its_second_attention():
     assert 0.45 <= partition.flops[0] / sum(partition.flops) <= 0.55
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.004])
+def test_measured_time_moves_the_cut(noise):
+    """SD3, the first of whose blocks take three times as long as their FLOPs tell; and noise that shall not matter."""
+    denoiser = sd3_of_real_size()
+    given = inputs(denoiser, (128, 128), tokens=333, device="meta")
+    anatomy = read(denoiser)
+    names = [unit.name for unit in anatomy.units]
+    seconds = [3e-3 if name in names[1:9] else 1e-3 for name in names]
+    generator = torch.Generator().manual_seed(0)
+    seconds = tuple(t * (1 + noise * torch.randn((), generator=generator).item()) for t in seconds)
+    whole = sum(seconds)
+    expected = min(range(1, 26), key=lambda cut: max(sum(seconds[:cut]), whole - sum(seconds[:cut])))
+    front, _ = anatomy.partition(given, seconds).segments
+    assert front.stop == expected == 8
+    assert anatomy.partition(given).segments[0].stop == 13
+
+
+def test_times_that_are_alike_leave_the_cut_of_the_flops(sdxl_of_real_size_):
+    denoiser, given, partition = sdxl_of_real_size_
+    anatomy = read(denoiser)
+    (flops, _), *_ = anatomy._found.counts.values()
+    for seed in range(20):
+        noise = torch.randn(len(flops), generator=torch.Generator().manual_seed(seed)).mul(0.005).add(1).tolist()
+        seconds = tuple(count * factor for count, factor in zip(flops, noise, strict=True))
+        assert anatomy.partition(given, seconds).segments == partition.segments
+
+
 def test_measuring_leaves_the_denoiser_as_it_was():
     denoiser = DENOISERS["sdxl"]()
     before = {name: value.clone() for name, value in denoiser.state_dict().items()}

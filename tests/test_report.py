@@ -26,7 +26,7 @@ HEADER = 16  # of a FULL step's exchange: the checksum
 
 
 def run(name, fields, **kwargs):
-    pipe = apply_hybrid(tiny.pipeline(name, ranks.device()), HybridConfig(**fields))
+    pipe = apply_hybrid(tiny.pipeline(name, ranks.device()), HybridConfig(balance="flops", **fields))
     try:
         tiny.call(pipe, name, **kwargs)
         return last_report(pipe)

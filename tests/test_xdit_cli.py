@@ -129,6 +129,7 @@ def test_every_field_of_the_configuration_is_a_flag():
         ("--hybrid_tolerance 0.05 --hybrid-kinds FP", dict(tolerance=0.05, kinds="FP")),
         ("--hybrid-speedup=2.5 --hybrid_guidance reuse", dict(speedup=2.5, guidance="reuse")),
         ("--hybrid_plan 8-48/2S", dict(plan="8-48/2S")),
+        ("--hybrid_balance flops", dict(balance="flops")),
         ("--hybrid_cuda_graphs off", dict(cuda_graphs=False)),
         ("--hybrid-cuda-graphs on", dict(cuda_graphs=True)),
     ],

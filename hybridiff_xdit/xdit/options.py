@@ -81,6 +81,10 @@ _HYBRID_OPTIONS: dict[str, dict[str, Any]] = {
     "tau_cap": {"type": int, "metavar": "STEP", "help": "the latest step at which the window starts"},
     "plan": {"metavar": "PLAN", "help": "for 'fixed': F, P or S a step, or START-END/GAP such as 8-48/2, 8-48/2S"},
     "stages": {"type": int, "metavar": "N", "help": "stages of a PIPELINED step"},
+    "balance": {
+        "choices": ["time", "flops"],
+        "help": "what makes the stages alike: their time, measured on the first run, or FLOPs (default: time)",
+    },
     "cuda_graphs": {
         "type": _switch,
         "metavar": "{on,off}",
