@@ -43,7 +43,7 @@ def both_branches(pipe: Any, warm_up: int) -> Iterator[None]:
             both: Any = {"uncond": branch, "cond": branch}
             if step == 0:
                 executor.prepare(branch)
-                executor.graphs.begin()
+                executor.graphs.begin(next(denoiser.parameters()).device)
             if step < warm_up:
                 predictions.append(executor.full(original, both, branch, float(step)).pred_c)
             else:

@@ -238,7 +238,7 @@ def _graphed(pipe: Any) -> Iterator[Graphs]:
     denoiser: Any = denoiser_of(pipe)
     forward, graphs = denoiser.forward, Graphs(denoiser)
     with torch.no_grad():
-        graphs.begin()
+        graphs.begin(next(denoiser.parameters()).device)
 
     def replayed(*args: Any, **kwargs: Any) -> Any:
         graphs.look()

@@ -68,7 +68,7 @@ class Graphs:
     def __init__(self, denoiser: nn.Module, is_on: bool = True) -> None:
         self.denoiser = denoiser
         self._is_on = is_on
-        self._device = torch.device("cpu")
+        self._device = next(denoiser.parameters()).device
         self._states: dict[Hashable, int] = {}  # numbered: a key is looked up often
         self._numbers = count()
         self._fixed: int | None = None  # number of the state that lasts a run; None: nothing is captured
@@ -78,9 +78,13 @@ class Graphs:
         self._first_calls: Counter[str] = Counter()  # in a row, by piece
         self._pool: Any = None
 
-    def begin(self) -> None:
-        """Note the state of the denoiser that lasts a run; to be called when one begins."""
-        self._device = next(self.denoiser.parameters()).device
+    def begin(self, device: torch.device) -> None:
+        """Note the state of the denoiser that lasts a run; to be called when one begins.
+
+        Args:
+            device: where it runs, which is not where an offloaded one lies.
+        """
+        self._device = device
         self._fixed = None
         if self._is_on and can_capture(self._device):
             if len(self._states) > MOST_STATES:
@@ -128,7 +132,7 @@ class Graphs:
 
     def refuse(self, reason: str) -> None:
         """Capture nothing from now on, and say why."""
-        if self._is_on and can_capture(next(self.denoiser.parameters()).device):
+        if self._is_on and can_capture(self._device):
             logger.warning("hybrid-cond: runs without CUDA graphs, since %s. See Speed in the README.", reason)
         self._is_on, self._fixed = False, None
         self.clear()

@@ -297,7 +297,7 @@ class _Session:
             self.anatomy.check_inputs(inputs)
             is_timed = config.balance != "flops" and self.sequence is None
             self.executor.prepare(_branches(inputs)["cond"], is_timed)
-        self.graphs.begin()
+        self.graphs.begin(next(tensors_of(inputs)).device)
         return _Run(num_steps, policy, rule(sampler), sampler, is_guided, self.scheduler.timesteps)
 
     def _agree(self, inputs: Inputs, num_steps: int) -> None:
@@ -327,13 +327,15 @@ class _Session:
             "initial noise (give every rank a generator with the same seed: --seed)": checksum(noise),
             "prompts (--prompt, --negative_prompt)": checksum(tensors),
         }
-        digests = [
-            (fact if isinstance(fact, torch.Tensor) else _digest(fact)).to(noise.device) for fact in facts.values()
-        ]
-        gathered = torch.stack(self.comm.all_gather(torch.cat(digests)))
+        # Sums of tensors are on the device, digests of the rest on the host: one copy.
+        sums = {name: fact.to(noise.device) for name, fact in facts.items() if isinstance(fact, torch.Tensor)}
+        digests = {name: _digest(fact) for name, fact in facts.items() if name not in sums}
+        names = [*sums, *digests]
+        mine = torch.cat([*sums.values(), torch.tensor(list(digests.values()), device=noise.device)])
+        gathered = torch.stack(self.comm.all_gather(mine))
         if self.sequence is not None:
             gathered = torch.cat(self.sequence.comm.all_gather(gathered))
-        if differing := [name for name, *values in zip(facts, *gathered.tolist(), strict=True) if len(set(values)) > 1]:
+        if differing := [name for name, *values in zip(names, *gathered.tolist(), strict=True) if len(set(values)) > 1]:
             raise RuntimeError(
                 f"hybrid-cond: the ranks started with different {'; '.join(differing)}. "
                 "Start every rank with the same arguments."
@@ -422,10 +424,10 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _digest(fact: Any) -> torch.Tensor:
-    """63 bits of a value's text, as int64 of shape [1]; the same in every process, unlike `hash`."""
+def _digest(fact: Any) -> int:
+    """63 bits of a value's text; the same in every process, unlike `hash`."""
     text = json.dumps(fact, default=str).encode()
-    return torch.tensor([int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1])
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
 
 
 @lru_cache(maxsize=1)

@@ -58,14 +58,17 @@ def read_sampler(scheduler: Any, start: float, num_steps: int, **extra: Any) -> 
     timesteps = scheduler.timesteps.tolist()
     first = min(range(len(timesteps)), key=lambda i: abs(timesteps[i] - start))
     # set_begin_index and the like are state: two calls may differ in it alone.
-    state = tuple((name, _text(value)) for name, value in vars(scheduler).items() if not callable(value))
+    state = tuple((name, _content(value)) for name, value in vars(scheduler).items() if not callable(value))
     run = tuple(timesteps[first : first + num_steps])
     return _read(_Key((type(scheduler), state, run, str(extra)), scheduler, extra))
 
 
-def _text(value: Any) -> str:
-    """All of a value, as text. (What PyTorch prints of a tensor leaves out its middle, and takes milliseconds.)"""
-    return str(value.tolist() if isinstance(value, torch.Tensor | np.ndarray) else value)
+def _content(value: Any) -> Any:
+    """All of a value. (What PyTorch prints of a tensor leaves out its middle, and takes milliseconds.)"""
+    if isinstance(value, torch.Tensor | np.ndarray):
+        array = np.asarray(torch.as_tensor(value).cpu())
+        return array.dtype.str, array.shape, array.tobytes()
+    return str(value)
 
 
 class _Key:

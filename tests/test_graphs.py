@@ -60,7 +60,7 @@ def double(tape):
 
     def call(value, **kwargs):
         with torch.no_grad():
-            caller.begin()
+            caller.begin(torch.device("cpu"))
             caller.look()
             return caller("piece", lambda x, kwargs: module(x, **kwargs), torch.full((2,), value), kwargs)[0].item()
 
@@ -76,7 +76,7 @@ def test_the_second_call_is_captured_and_later_ones_are_replays(double):
 def test_what_is_returned_is_the_callers_own(double):
     caller, module = double.graphs, double.module
     with torch.no_grad():
-        caller.begin()
+        caller.begin(torch.device("cpu"))
         caller.look()
         found = [caller("piece", module, torch.full((2,), float(i))) for i in range(4)]
     assert [out[0].item() for out in found] == [0.0, 2.0, 4.0, 6.0]
@@ -119,7 +119,7 @@ def test_adapters_and_processors_are_noticed_within_a_run(double):
         6: lambda: setattr(module.inner, "processor", Scaled()),
     }
     with torch.no_grad():
-        caller.begin()
+        caller.begin(torch.device("cpu"))
         for step in range(8):
             changes.get(step, lambda: None)()
             caller.look()
@@ -182,7 +182,7 @@ def test_gradients_and_autocast_are_no_matter_for_a_graph(tape, monkeypatch, cap
         caller = Graphs(module)
         with torch.no_grad(), context:
             for _ in range(3):
-                caller.begin()
+                caller.begin(torch.device("cpu"))
                 caller.look()
                 caller("piece", module, torch.ones(2))
         assert not tape and word in caplog.text
