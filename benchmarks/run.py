@@ -13,15 +13,19 @@ A strategy is a configuration and, after commas, how it is run:
     rank 0    what rank 0 does, without a peer: the pictures are wrong and nothing is exchanged, all else is done.
               Needs one GPU; what a second one would change is the time of the exchanges.
 
-``one-gpu`` is the pipeline as it is, on rank 0, while the others wait on the host. Each strategy has two blocks of
-repeats, each after a warm-up of its own, and the blocks take turns, so that a drift of the machine falls on all alike.
-The *floor* of a strategy is the time of its graphs alone, replayed one after the other: FULL steps times a branch's
-forward, plus PIPELINED steps times the slower rank's share.
+``one-gpu`` is the pipeline as it is, on rank 0, while the others wait on the host. ``xdit cfg``, ``xdit ulysses`` and
+``xdit pipefusion`` are xDiT's own strategies on all processes, where it has them for the model (`rivals.py`).
+
+Each strategy has two blocks of repeats, each after a warm-up of its own, and the blocks take turns, so that a drift of
+the machine falls on all alike. The *floor* of a strategy is the time of its graphs alone, replayed one after the other:
+FULL steps times a branch's forward, plus PIPELINED steps times the slower rank's share. It is compared with the
+denoising *loop*: the pipeline's call from where its progress bar begins.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import re
@@ -38,6 +42,7 @@ from unittest import mock
 
 import diffusers
 import group
+import rivals
 import torch
 import torch.distributed as dist
 from scenarios import SCENARIOS
@@ -61,11 +66,12 @@ BLOCKS = 2
 
 
 class Strategy(NamedTuple):
-    """A configuration (None: the pipeline as it is) and the ways to run it, as named on the command line."""
+    """A configuration (None: the pipeline as it is, or xDiT's) and the ways to run it, as named on the command line."""
 
     name: str
     config: HybridConfig | None
     ways: list[str]
+    rival: str | None = None
 
     @classmethod
     def parse(cls, name: str) -> Strategy:
@@ -75,9 +81,12 @@ class Strategy(NamedTuple):
             argparse.ArgumentTypeError: it is none.
         """
         config, *ways = name.split(", ")
+        if name in rivals.NAMES:
+            return cls(name, None, [], name)
         if config not in CONFIGS or not set(ways) <= set(WAYS):
+            names = ", ".join([*CONFIGS, *rivals.NAMES])
             raise argparse.ArgumentTypeError(
-                f"{name!r}: give one of {', '.join(CONFIGS)}, and after commas any of {', '.join(WAYS)}"
+                f"{name!r}: give one of {names}, and after commas any of {', '.join(WAYS)}"
             )
         return cls(name, CONFIGS[config], ways)
 
@@ -85,7 +94,7 @@ class Strategy(NamedTuple):
         """Whether this rank has a part in it."""
         if not self.needs_peer:
             return dist.get_rank() == 0
-        return "ulysses" in self.ways or "pairs" in self.ways or place.first
+        return self.rival is not None or "ulysses" in self.ways or "pairs" in self.ways or place.first
 
     @property
     def alone(self) -> int | None:
@@ -94,26 +103,39 @@ class Strategy(NamedTuple):
 
     @property
     def needs_peer(self) -> bool:
-        return self.config is not None and self.alone is None
+        return self.rival is not None or (self.config is not None and self.alone is None)
+
+    def is_offered(self, family: str) -> bool:
+        """Whether the family can be run so."""
+        if self.rival is not None:
+            return rivals.degrees(self.rival, family) is not None
+        return family == "mmdit" or "ulysses" not in self.ways
 
     @property
     def pictures(self) -> int:
         return dist.get_world_size() // 2 if "pairs" in self.ways else 1
 
     @contextmanager
-    def applied(self, pipe: Any, place: group.Place, split: Any, model: str) -> Iterator[Graphs | None]:
-        """Set the pipeline up; yields what holds its graphs."""
+    def applied(
+        self, pipe: Any, place: group.Place, split: Any, scenario: str, device: torch.device, dtype: torch.dtype
+    ) -> Iterator[tuple[Any, Graphs | None]]:
+        """Set the pipeline up, or one for xDiT's strategy; yields what to call and what holds its graphs."""
+        if self.rival is not None:
+            family, another = SCENARIOS[scenario].family, SCENARIOS[scenario].pipeline(device, dtype)
+            with rivals.applied(self.rival, another, family, dtype) as wrapped:
+                yield wrapped, None
+            return
         if self.config is None:
             with _graphed(pipe) if "graphs" in self.ways else nullcontext() as graphs:
-                yield graphs
+                yield pipe, graphs
             return
         config = replace(self.config, cuda_graphs="eager" not in self.ways)
         is_alone = self.alone is not None
         with mock.patch.object(hybrid, "Solo", partial(group.Alone, self.alone)) if is_alone else nullcontext():
             sequence = split if "ulysses" in self.ways else None
-            apply_hybrid(pipe, config, group=place.pair, sequence=sequence, model=model, simulate=is_alone)
+            apply_hybrid(pipe, config, group=place.pair, sequence=sequence, model=scenario, simulate=is_alone)
         try:
-            yield getattr(pipe, hybrid._SESSION).graphs
+            yield pipe, getattr(pipe, hybrid._SESSION).graphs
         finally:
             remove_hybrid(pipe)
 
@@ -132,6 +154,7 @@ def main() -> None:
     args = parser.parse_args()
     strategies = {strategy.name: strategy for strategy in args.strategy}
 
+    Loop.watch()
     device = group.join()
     host = dist.new_group(backend="gloo")
     place = group.Place.of()
@@ -143,11 +166,8 @@ def main() -> None:
         args.out.write_text("")
     for scenario in args.scenario:
         pipe = SCENARIOS[scenario].pipeline(device, dtype)
-        chosen = {
-            name: strategy
-            for name, strategy in strategies.items()
-            if SCENARIOS[scenario].family == "mmdit" or "ulysses" not in strategy.ways
-        }
+        family = SCENARIOS[scenario].family
+        chosen = {name: strategy for name, strategy in strategies.items() if strategy.is_offered(family)}
         lines = _compare(pipe, scenario, chosen, device, dtype, host, place, args)
         del pipe
         if device.type == "cuda":
@@ -177,8 +197,10 @@ def _compare(
     for block in range(BLOCKS):
         for name, strategy in strategies.items():
             runs_here = strategy.runs_here(place)
-            call = partial(_call, pipe, arguments) if runs_here else _wait
-            with strategy.applied(pipe, place, split, scenario) if runs_here else nullcontext() as graphs:
+            applied = strategy.applied(pipe, place, split, scenario, device, dtype) if runs_here else nullcontext()
+            with applied as found:
+                callee, graphs = found or (None, None)
+                call = partial(_call, callee, arguments) if runs_here else _wait
                 _time(call, device, host)
                 samples[name] += [_time(call, device, host) for _ in range(args.repeats // BLOCKS)]
                 pieces[name] = _time_pieces(graphs)
@@ -186,12 +208,18 @@ def _compare(
                     label = re.sub(r"[^\w.-]+", "_", f"{scenario} {name} rank {dist.get_rank()}")
                     _time(partial(_traced, call, args.trace / f"{label}.json"), device, host)
                 reports[name] = last_report(pipe)
+            if strategy.rival is not None:  # its pipeline is gone
+                gc.collect()
+                torch.cuda.empty_cache()
     lines = []
     for name in strategies:
         gathered: list[Any] = [None] * dist.get_world_size()
         mine = (samples[name], pieces[name], reports[name])
         dist.all_gather_object(gathered, mine, group=host)
         report = next((report for *_, report in gathered if report), None)
+        # Beside xDiT's pipeline lies ours.
+        weights = denoiser_of(pipe).parameters()
+        spare = sum(t.nbytes for t in weights) if strategies[name].rival and device.type == "cuda" else 0
         plan = report and report["plan"]
         lines.append(
             {
@@ -204,7 +232,8 @@ def _compare(
                 "torch": torch.__version__,
                 "diffusers": diffusers.__version__,
                 "seconds": [max(s.seconds for s in repeat) for repeat in zip(*(g[0] for g in gathered), strict=True)],
-                "peak_memory": [max(sample.memory for sample in g[0]) for g in gathered],
+                "loop": [max(s.loop for s in repeat) for repeat in zip(*(g[0] for g in gathered), strict=True)],
+                "peak_memory": [max(sample.memory for sample in g[0]) - spare for g in gathered],
                 "pieces": [g[1] for g in gathered],
                 "floor": _floor([g[1] for g in gathered], plan or "F" * args.steps),
                 "plan": plan,
@@ -253,10 +282,27 @@ def _graphed(pipe: Any) -> Iterator[Graphs]:
 
 
 class Sample(NamedTuple):
-    """Seconds from a common start until this rank's device is done, and its peak memory in bytes."""
+    """Seconds until this rank's device is done, from a common start and from the loop's, and peak memory in bytes."""
 
     seconds: float
+    loop: float
     memory: int
+
+
+class Loop:
+    """Where the denoising loop begins: every diffusers pipeline asks for its progress bar there."""
+
+    began = 0.0
+
+    @classmethod
+    def watch(cls) -> None:
+        original = diffusers.DiffusionPipeline.progress_bar
+
+        def progress_bar(self: Any, *args: Any, **kwargs: Any) -> Any:
+            cls.began = time.perf_counter()
+            return original(self, *args, **kwargs)
+
+        diffusers.DiffusionPipeline.progress_bar = progress_bar  # type: ignore[method-assign]
 
 
 def _time(function: Callable[[], None], device: torch.device, host: dist.ProcessGroup) -> Sample:
@@ -264,13 +310,13 @@ def _time(function: Callable[[], None], device: torch.device, host: dist.Process
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
     dist.barrier(group=host)
-    start = time.perf_counter()
+    start = Loop.began = time.perf_counter()
     function()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
+    end = time.perf_counter()
     dist.barrier(group=host)
-    return Sample(seconds, torch.cuda.max_memory_reserved() if device.type == "cuda" else 0)
+    return Sample(end - start, end - Loop.began, torch.cuda.max_memory_reserved() if device.type == "cuda" else 0)
 
 
 def _time_pieces(graphs: Graphs | None) -> dict[str, float]:

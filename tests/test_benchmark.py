@@ -21,6 +21,7 @@ def test_every_strategy_is_timed_and_reported(tmp_path):
     assert lines.keys() == {(name, s) for name in ("sdxl-tiny", "sd3-tiny") for s in STRATEGIES} - without
     for (_, strategy), line in lines.items():
         assert len(line["seconds"]) == 2 and min(line["seconds"]) > 0
+        assert all(0.5 * whole < loop < whole for loop, whole in zip(line["loop"], line["seconds"], strict=True))
         assert line["pictures"] == (2 if strategy.endswith("pairs") else 1)
         assert (line["plan"] is None) == (strategy == "one-gpu")
     assert lines["sd3-tiny", "cfg, ulysses"]["plan"] == "F" * 10
@@ -56,6 +57,23 @@ def test_one_rank_alone_does_what_its_rank_does(tmp_path):
     expected = [agreement + 20 * (16 + prediction) + handed_over * boundary for boundary in (inner, features)]
     expected[1] += 30 * prediction
     assert [rank_0["bytes_sent"], rank_1["bytes_sent"]] == [[expected[0]], [expected[1]]]
+
+
+def test_xdits_own_strategies_are_timed_beside_ours(tmp_path):
+    """On two processes; PipeFusion needs a GPU."""
+    out, strategies = tmp_path / "times.jsonl", ["xdit cfg", "cfg", "xdit ulysses"]
+    flags = ("--steps", 5, "--repeats", 2, "--out", out, "--strategy", *strategies)
+    torchrun(BENCHMARKS / "run.py", "--scenario", "sdxl-tiny", "sd3-tiny", *flags, processes=2)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    found = [(line["scenario"], line["strategy"], line["plan"]) for line in lines]
+    assert found == [
+        ("sdxl-tiny", "xdit cfg", None),
+        ("sdxl-tiny", "cfg", "F" * 5),
+        ("sd3-tiny", "xdit cfg", None),
+        ("sd3-tiny", "cfg", "F" * 5),
+        ("sd3-tiny", "xdit ulysses", None),
+    ]
+    assert all(len(line["seconds"]) == 2 and min(line["seconds"]) > 0 for line in lines)
 
 
 def test_one_process_cannot_be_two(tmp_path):
