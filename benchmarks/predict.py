@@ -7,6 +7,7 @@ but for split sequences: those rows are marked, and only there for comparison.
 import json
 import statistics
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -46,6 +47,7 @@ def prediction(line: dict) -> float:
     return predict(cost, speed, Machine(), plan, Layout(pictures, sequence), pictures).seconds
 
 
+@cache
 def _cost(scenario: str, dtype: torch.dtype) -> Cost:
     settings, side = SCENARIOS[scenario].settings, SCENARIOS[scenario].side // 8
     with torch.device("meta"):

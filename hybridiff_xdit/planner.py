@@ -112,11 +112,10 @@ class Speed:
     @classmethod
     def through(cls, small: Point, large: Point, **rest: float) -> Speed:
         """The straight line through two timed forwards, or from 0 through the large one if that has no sense."""
-        rate = (large.flops - small.flops) / max(large.seconds - small.seconds, 1e-9)
-        fixed = small.seconds - small.flops / rate if rate > 0 else -1.0
-        if fixed < 0:
-            fixed, rate = 0.0, large.flops / large.seconds
-        return cls(fixed, rate, **rest)
+        flops, seconds = large.flops - small.flops, large.seconds - small.seconds
+        if flops <= 0 or not 0 < seconds / flops <= small.seconds / small.flops:
+            return cls(0.0, large.flops / large.seconds, **rest)
+        return cls(small.seconds - small.flops * seconds / flops, flops / seconds, **rest)
 
     def seconds(self, flops: float) -> float:
         """Of a forward."""
