@@ -18,8 +18,9 @@ denoiser of f FLOPs a branch with A attentions of width D over n image and s tex
                (4 A + 1) latency + (p - 1) / p (A (4 n / p + 2 s) D + prediction) / bandwidth
     link(b)    latency + b / bandwidth, of the link that the axis crosses
 
-Nothing is taken to overlap. A branch whose tokens are split runs without CUDA graphs, so that its work(x) is at least
-`launch`, the host's time, for each of x times the units. A group with k pictures takes k times as long as with one.
+Nothing is taken to overlap, and all that is sent along an axis that crosses nodes is taken to leave its node. A branch
+whose tokens are split runs without CUDA graphs, so that its work(x) is at least x times the time that the host needs,
+`launch` for each unit. A group with k pictures takes k times as long as with one.
 
 What the model leaves out: text encoders, the VAE, the two calls before a graph is replayed, ranks waiting for one
 another, and that small shards fill a GPU less than `fixed` says. Memory is crude: the weights, which every rank holds,
@@ -266,41 +267,39 @@ def cost_of(checkpoint: Checkpoint, height: int, width: int) -> Cost:
 
 
 def calibrate(checkpoint: Checkpoint, height: int, width: int, device: torch.device) -> Speed:
-    """Time a branch's forward on this device at the size and at half the side; the rest of `Speed` as stored.
+    """Time a branch's forward on this device at the size and at half the side; ``step`` and ``skew`` are the stored ones.
 
-    On a GPU by CUDA graph, in the checkpoint's dtype; on a CPU in float32.
+    With random weights; on a GPU by CUDA graph in the checkpoint's dtype, on a CPU in float32.
     """
     is_cuda = device.type == "cuda"
     dtype = checkpoint.dtype if is_cuda else torch.float32
     with device:
         denoiser = build(checkpoint.denoiser).to(dtype)
-    graphs = Graphs(denoiser)
+    anatomy, graphs = read(denoiser), Graphs(denoiser)
+
+    def forward(inputs: Inputs) -> torch.Tensor:
+        return denoiser(**inputs)[0]
+
+    def replay(inputs: Inputs) -> torch.Tensor:
+        return graphs("forward", forward, inputs)
+
+    def seconds(function: Any, inputs: Inputs) -> float:
+        names = {"function": function, "inputs": inputs}
+        return Timer("function(inputs)", globals=names).blocked_autorange(min_run_time=1.0).median
+
+    whole = _latents(checkpoint, height, width)
+    half = [max(8, side // 16 * 8) for side in whole]  # a multiple of what the denoisers' levels need
+    small, large = (branch_inputs(checkpoint.denoiser, *size, dtype=dtype, device=device) for size in (half, whole))
     points = []
-    eager = 0.0
-
-    def seconds(function: Any) -> float:
-        return Timer("function()", globals={"function": function}).blocked_autorange(min_run_time=1.0).median
-
-    with torch.inference_mode():
-        for divisor in (2, 1):
-            size = [max(8, side // divisor // 8 * 8) for side in _latents(checkpoint, height, width)]
-            inputs = branch_inputs(checkpoint.denoiser, *size, dtype=dtype, device=device)
-
-            def forward(inputs: Inputs = inputs) -> torch.Tensor:
-                return denoiser(**inputs)[0]
-
-            def replay(inputs: Inputs = inputs) -> Any:
-                return graphs("forward", lambda inputs: denoiser(**inputs)[0], inputs)
-
-            if is_cuda and not eager:
-                eager = seconds(forward)
-            graphs.begin()
-            graphs.look()
+    with torch.no_grad():
+        graphs.begin()
+        graphs.look()
+        for inputs in (small, large):
             for _ in range(3):  # as it is, captured, replayed
-                replay()
-            points.append(Point(sum(read(denoiser).partition(inputs).flops), seconds(replay)))
-    stored = SPEEDS["H100"][read(denoiser).family]
-    launch = eager / len(read(denoiser).units)
+                replay(inputs)
+            points.append(Point(sum(anatomy.partition(inputs).flops), seconds(replay, inputs)))
+        launch = seconds(forward, small) / len(anatomy.units) if is_cuda else 0.0
+    stored = SPEEDS["H100"][anatomy.family]
     return Speed.through(*points, step=stored.step, skew=stored.skew, launch=launch)
 
 
