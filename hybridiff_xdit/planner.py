@@ -267,7 +267,7 @@ def cost_of(checkpoint: Checkpoint, height: int, width: int) -> Cost:
 
 
 def calibrate(checkpoint: Checkpoint, height: int, width: int, device: torch.device) -> Speed:
-    """Time a branch's forward on this device at the size and at half the side; ``step`` and ``skew`` are the stored ones.
+    """Time a branch's forward on this device at the size and at half the side; the rest is as stored.
 
     With random weights; on a GPU by CUDA graph in the checkpoint's dtype, on a CPU in float32.
     """

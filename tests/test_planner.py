@@ -133,6 +133,7 @@ def test_pictures_are_dealt_out():
         (Layout(sequence=4, stages=4), ("branch",)),
         (Layout(sequence=4, stages=8), ("stages", "branch")),
         (Layout(sequence=16), ("sequence", "branch")),
+        (Layout(sequence=3), ()),
         (Layout(sequence=3, data=2), ("sequence", "branch")),  # ranks 6 to 8 lie in two nodes
     ],
 )

@@ -123,6 +123,8 @@ LARGE = "--model sd3-medium --height 2048 --width 2048 --prompt cat"
         (LARGE, 7, "--ulysses_degree 2"),  # 3 ranks cannot share the tokens
         (LARGE, 3, ""),
         ("--model sd3-medium --prompt cat", 8, ""),
+        ("--model sd3-medium --prompt cat --height 2048", 8, "--ulysses_degree 4"),
+        ("--model sd3-medium --prompt cat --width 2048", 8, "--ulysses_degree 4"),
         ("--model sd3-medium --prompt cat dog owl", 8, "--data_parallel_degree 3"),
         ("--model sd3-medium --prompt cat dog owl --batch_size 2", 8, "--data_parallel_degree 2"),
         ("--model sdxl --height 2048 --width 2048 --prompt cat", 8, ""),
