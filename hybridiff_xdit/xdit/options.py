@@ -176,8 +176,8 @@ def choose_layout(args: argparse.Namespace, gpus: int, device: str) -> tuple[lis
     flags = best.layout.flags()
     line = (
         f"of {gpus} GPUs {best.layout.gpus} are used ({' '.join(flags) or 'a branch each'}): the fastest for "
-        f"{images} picture{'s' * (images > 1)} at a time, {best.seconds:.2g} s each by the planner, which takes it for an {source}. "
-        "Give --data_parallel_degree or --ulysses_degree to choose yourself; `xdit-hybrid plan` shows the rest."
+        f"{images} picture{'s' * (images > 1)} at a time, {best.seconds:.2g} s each by the planner with an {source}'s "
+        "figures. Give --data_parallel_degree or --ulysses_degree to choose; `xdit-hybrid plan` shows the rest."
     )
     return flags, line
 
