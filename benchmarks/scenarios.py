@@ -9,42 +9,17 @@ import torch
 from diffusers import (
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 
-SDXL: dict[str, Any] = dict(
-    sample_size=128,
-    block_out_channels=(320, 640, 1280),
-    transformer_layers_per_block=(1, 2, 10),
-    attention_head_dim=(5, 10, 20),
-    cross_attention_dim=2048,
-    addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=6 * 256 + 1280,
-)
+from hybridiff_xdit.denoisers import SD3_MEDIUM, SD35_LARGE, SDXL, build
+
 SDXL_TINY = {
     **SDXL,
     "block_out_channels": (32, 32, 64),
     "transformer_layers_per_block": (1, 1, 2),
     "attention_head_dim": (1, 1, 2),
-}
-SD3_MEDIUM: dict[str, Any] = dict(
-    sample_size=128,
-    num_layers=24,
-    num_attention_heads=24,
-    caption_projection_dim=1536,
-    joint_attention_dim=4096,
-    pooled_projection_dim=2048,
-    pos_embed_max_size=192,
-)
-SD35_LARGE = {
-    **SD3_MEDIUM,
-    "num_layers": 38,
-    "num_attention_heads": 38,
-    "caption_projection_dim": 2432,
-    "qk_norm": "rms_norm",
 }
 SD3_TINY = {**SD3_MEDIUM, "num_layers": 4, "num_attention_heads": 2, "caption_projection_dim": 128}
 
@@ -69,7 +44,7 @@ class Scenario:
         """A pipeline with this denoiser, the same random weights on every rank, and no text encoders or VAE."""
         torch.manual_seed(0)
         with device:
-            denoiser = self._denoiser()
+            denoiser = build(self.settings)
         none = {f"{part}{i}": None for part in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")}
         if self.family == "mmdit":
             scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -84,20 +59,6 @@ class Scenario:
             )
         pipe.set_progress_bar_config(disable=True)
         return pipe
-
-    def _denoiser(self) -> torch.nn.Module:
-        if self.family == "mmdit":
-            return SD3Transformer2DModel(patch_size=2, in_channels=16, out_channels=16, **self.settings).eval()
-        return UNet2DConditionModel(
-            in_channels=4,
-            out_channels=4,
-            layers_per_block=2,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            addition_embed_type="text_time",
-            use_linear_projection=True,
-            **self.settings,
-        ).eval()
 
     def arguments(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         """Arguments of the pipeline's call: latents out, so that the denoising loop alone is timed."""

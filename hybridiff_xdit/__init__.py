@@ -7,7 +7,7 @@ are measured to miss decides when. Method: arXiv 2602.21760; SKIPPED steps, the 
 ours.
 
 Reading order: discrepancy, sampler, plan, guidance, adaptive, policies, partition, comm, executor, sequence, hybrid;
-then xdit/ for the strategy in xDiT.
+denoisers, checkpoints, planner for what a layout of GPUs would bring; then xdit/ for the strategy in xDiT.
 """
 
 from .config import HybridConfig

@@ -6,8 +6,11 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from .denoisers import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, SDXL, Settings
 
 #: Families that `hybrid-cond` splits, by the prefix of the pipeline class in ``model_index.json``.
 FAMILIES = {"StableDiffusion3": "sd3", "StableDiffusionXL": "sdxl"}
@@ -25,12 +28,14 @@ class Checkpoint:
         family: ``sd3`` or ``sdxl``.
         size: height and width of the picture, pixels.
         dtype: dtype of the weights on a GPU.
+        denoiser: the denoiser's configuration.
         absent: components that the folder says it has none of; ``from_pretrained`` wants to be told so.
     """
 
     name: str
     source: str
     family: str
+    denoiser: Settings
     size: int = 1024
     steps: int = 50
     guidance_scale: float = 7.0
@@ -38,22 +43,27 @@ class Checkpoint:
     absent: tuple[str, ...] = ()
 
 
-_HUB = {
-    "stabilityai/stable-diffusion-xl-base-1.0": {"family": "sdxl", "guidance_scale": 5.0},
-    "stabilityai/stable-diffusion-3-medium-diffusers": {"family": "sd3"},
+_HUB: dict[str, dict[str, Any]] = {
+    "stabilityai/stable-diffusion-xl-base-1.0": {"family": "sdxl", "denoiser": SDXL, "guidance_scale": 5.0},
+    "stabilityai/stable-diffusion-3-medium-diffusers": {"family": "sd3", "denoiser": SD3_MEDIUM},
     "stabilityai/stable-diffusion-3.5-medium": {
         "family": "sd3",
+        "denoiser": SD35_MEDIUM,
         "steps": 40,
         "guidance_scale": 4.5,
         "dtype": torch.bfloat16,
     },
     "stabilityai/stable-diffusion-3.5-large": {
         "family": "sd3",
+        "denoiser": SD35_LARGE,
         "steps": 28,
         "guidance_scale": 3.5,
         "dtype": torch.bfloat16,
     },
 }
+
+#: Short names of those.
+SHORT = dict(zip(("sdxl", "sd3-medium", "sd3.5-medium", "sd3.5-large"), _HUB, strict=True))
 
 
 def resolve(name: str) -> Checkpoint:
@@ -62,14 +72,15 @@ def resolve(name: str) -> Checkpoint:
     Raises:
         ValueError: the name is none that `hybrid-cond` can run; the message lists those that are.
     """
-    if name in _HUB:
-        return Checkpoint(name=name, source=name, **_HUB[name])  # type: ignore[arg-type]
+    source = SHORT.get(name, name)
+    if source in _HUB:
+        return Checkpoint(name=name, source=source, **_HUB[source])
     folder = _embedded(name) if name in EMBEDDED else Path(name)
     if (folder / "model_index.json").is_file():
         return _read_folder(name, folder)
     raise ValueError(
         f"--model {name}: no such model. Give a folder in diffusers format (with model_index.json), "
-        f"or one of {', '.join([*_HUB, *EMBEDDED])}."
+        f"or one of {', '.join([*_HUB, *SHORT, *EMBEDDED])}."
     )
 
 
@@ -100,6 +111,7 @@ def _read_folder(name: str, folder: Path) -> Checkpoint:
         name=name,
         source=str(folder),
         family=family,
+        denoiser=denoiser,
         size=size,
         guidance_scale=5.0 if name in EMBEDDED or family == "sdxl" else 7.0,
         absent=tuple(part for part, origin in index.items() if origin == [None, None]),

@@ -32,7 +32,9 @@ MAY_IMPORT = {
         *("discrepancy", "sampler", "plan", "guidance", "policies", "config"),
         *("partition", "comm", "sequence", "graphs", "executor", "report"),
     },
-    "checkpoints": set(),
+    "denoisers": set(),
+    "checkpoints": {"denoisers"},
+    "planner": {"plan", "config", "partition", "graphs", "denoisers", "checkpoints"},
 }
 
 #: What a module may name in annotations only (``if TYPE_CHECKING``), against the direction.

@@ -107,11 +107,149 @@ def test_wrong_flags_end_before_the_launch(launched, model, monkeypatch, capfd, 
     assert not launched
 
 
+def nproc(command):
+    return int(next(word for word in command if word.startswith("--nproc_per_node=")).partition("=")[2])
+
+
+#: One picture of SD3-medium at 2048 px is worth 8 GPUs, at 1024 px (where the host is the slower) 2; pictures share.
+LARGE = "--model sd3-medium --height 2048 --width 2048 --prompt cat"
+
+
+@pytest.mark.parametrize(
+    ("flags", "gpus", "chosen"),
+    [
+        (LARGE, 8, "--ulysses_degree 4"),
+        (LARGE, 4, "--ulysses_degree 2"),
+        (LARGE, 7, "--ulysses_degree 2"),  # 3 ranks cannot share the tokens
+        (LARGE, 3, ""),
+        ("--model sd3-medium --prompt cat", 8, ""),
+        ("--model sd3-medium --prompt cat --height 2048", 8, "--ulysses_degree 4"),
+        ("--model sd3-medium --prompt cat --width 2048", 8, "--ulysses_degree 4"),
+        ("--model sd3-medium --prompt cat dog owl", 8, "--data_parallel_degree 3"),
+        ("--model sd3-medium --prompt cat dog owl --batch_size 2", 8, "--data_parallel_degree 2"),
+        ("--model sdxl --height 2048 --width 2048 --prompt cat", 8, ""),
+        (f"{LARGE} --hybrid_plan 8-48/4", 8, "--ulysses_degree 4"),
+    ],
+)
+def test_hybrid_cond_alone_takes_the_planners_best(launched, monkeypatch, capsys, flags, gpus, chosen):
+    monkeypatch.setattr(cli, "count_gpus", lambda: gpus)
+    argv = ["--parallel", "hybrid-cond", *flags.split()]
+    assert cli.main(argv) == 0
+    assert launched[0][launched[0].index("hybridiff_xdit.xdit.runner") + 1 :] == [*argv, *chosen.split()]
+    used = 2 * int(chosen.split()[1] if chosen else 1)
+    assert nproc(launched[0]) == used <= gpus
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"of {gpus} GPUs {used} are used ({chosen or 'a branch each'})" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "gpus", "processes"),
+    [
+        ("", 2, 2),
+        ("", 0, 2),
+        ("--ulysses_degree 2", 8, 4),
+        ("--ulysses-degree=1", 8, 2),
+        ("--data-parallel-degree 2", 8, 4),
+        ("--data_parallel_degree 1", 8, 2),
+        ("--nproc_per_node 2", 8, 2),
+        ("--nnodes 2 --master_port 1", 8, 1),
+    ],
+)
+def test_who_chooses_is_obeyed(launched, monkeypatch, capsys, flags, gpus, processes):
+    monkeypatch.setattr(cli, "count_gpus", lambda: gpus)
+    monkeypatch.setattr(options, "choose_layout", None)  # is not asked
+    argv = ["--parallel", "hybrid-cond", *LARGE.split(), *flags.split()]
+    assert cli.main(argv) == 0
+    assert nproc(launched[0]) == processes
+    assert launched[0][-len(argv) :] == argv
+    assert not capsys.readouterr().err
+
+
+def test_other_strategies_are_not_planned(launched, monkeypatch):
+    monkeypatch.setattr(cli, "count_gpus", lambda: 8)
+    cli.main(["--parallel", "cfg", *LARGE.split()])
+    assert nproc(launched[0]) == 2
+
+
+@pytest.mark.parametrize("gpus", range(3, 18))
+def test_a_chosen_layout_never_needs_more_gpus_than_there_are(gpus):
+    parser = options.build_parser()
+    argv = f"--parallel hybrid-cond --model emoji-sd3 --prompt {'x ' * 5}".split()
+    args = parser.parse_args(argv)
+    assert options.leaves_layout_open(args, argv, gpus)
+    flags, _ = options.choose_layout(args, gpus, "H100")
+    args = parser.parse_args([*argv, *flags])
+    options.prepare(args, gpus)
+    assert args.nproc_per_node <= gpus
+
+
+def test_plan_prints_the_layouts_best_first(capsys):
+    flags = "--model sd3-medium --gpus 8 --size 2048 --images 4 --steps 40 --plan 8-32/4 --device H200"
+    assert cli.main(["plan", *flags.split()]) == 0
+    head, counts, _, columns, *rows, _, best = capsys.readouterr().out.splitlines()
+    assert head == "sd3-medium, 2048 x 2048 px, pictures: 4, GPUs: up to 8, speed: H200"
+    assert counts.startswith("40 steps: 22 FULL, 18 PIPELINED, 0 SKIPPED. ")
+    assert columns.split()[0] == "GPUs"
+    times = [float(row.split()[8]) for row in rows]
+    assert times == sorted(times) and len(rows) == 10
+    assert best == "The best that runs: --parallel hybrid-cond --data_parallel_degree 4"
+    (row,) = (row for row in rows if row.endswith("--data_parallel_degree 2 --ulysses_degree 2"))
+    assert row.split()[:8] == ["8", "2", "x", "2", "x", "2", "x", "1"]
+    assert "sequence" in row and "branch" in row
+
+
+def test_plan_past_a_node_says_what_crosses_the_network(capsys):
+    flags = "--model sd3-medium --gpus 16 --size 2048 --rows 99"
+    cli.main(["plan", *flags.split()])
+    rows = [row for row in capsys.readouterr().out.splitlines() if row.startswith("16  ") and " 8 x 2 x 1 " in row]
+    assert [[word in row for word in ("branch 84 over the network", "--ulysses_degree 8")] for row in rows] == [
+        [True, True],
+        [False, False],
+    ]
+    cli.main(["plan", *flags.split(), "--gpus_per_node", "16"])
+    assert "over the network" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--model nothing", ("--model nothing", "sd3-medium")),
+        ("--model sd3-medium --size 8192", ("8192 x 8192 px", "another size")),
+        ("--model sd3-medium --speedup 1", ("--hybrid_speedup", "from 2")),
+        ("--model sd3-medium --plan 8-60/4", ("END is 60", "50 steps")),
+        ("--model sd3-medium --gpus 0", ("--gpus", "1 or more")),
+        ("--model sd3-medium --network 0", ("--network", "positive")),
+        ("--gpus 8", ("--model",)),
+    ],
+)
+def test_plan_refuses(capsys, flags, words):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["plan", *flags.split()])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2
+    assert all(word in message for word in words), message
+
+
+def test_plan_can_be_calibrated(capsys):
+    """With the time of this machine; the model is the smallest that there is."""
+    assert cli.main(["plan", "--model", "emoji-sdxl", "--gpus", "4", "--calibrate"]) == 0
+    out = capsys.readouterr().out
+    assert "speed: measured on this c" in out
+    assert "--parallel hybrid-cond" in out.splitlines()[-1]
+
+
 def test_too_few_gpus(launched, model, monkeypatch, capfd):
     monkeypatch.setattr(cli, "count_gpus", lambda: 1)
     with pytest.raises(SystemExit):
         cli.main(["--model", model, "--prompt", "a cat", "--parallel", "hybrid-cond"])
     assert "CUDA_VISIBLE_DEVICES" in capfd.readouterr().err
+
+
+def test_help_of_plan():
+    command = [sys.executable, "-m", "hybridiff_xdit.xdit.cli"]
+    text = subprocess.run([*command, "plan", "--help"], capture_output=True, text=True, check=True).stdout
+    assert "--images" in text and "--calibrate" in text and "--prompt" not in text
+    assert "xdit-hybrid plan --model" in subprocess.run([*command, "--help"], capture_output=True, text=True).stdout
 
 
 def test_every_field_of_the_configuration_is_a_flag():

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from .. import planner
 from ..checkpoints import resolve
 from ..config import TOLERANCE, HybridConfig
 from ..guidance import RULES
@@ -104,7 +105,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = FlexibleArgumentParser(
         prog="xdit-hybrid",
-        usage="%(prog)s --model MODEL --prompt PROMPT [--parallel STRATEGY] [--hybrid_...] [flags of xdit]",
+        usage="%(prog)s --model MODEL --prompt PROMPT [--parallel STRATEGY] [--hybrid_...] [flags of xdit]\n"
+        "       %(prog)s plan --model MODEL [--gpus N] [--size PIXELS] ...   (see %(prog)s plan --help)",
         description="Make pictures with one of xDiT's parallel strategies or with hybrid-cond, on as many processes as "
         "the strategy needs. Takes what `xdit` takes.",
     )
@@ -142,6 +144,46 @@ def prepare(args: argparse.Namespace, gpus: int, world_size: int | None = None) 
     if hybrid and resolve(args.model).family == "sdxl" and split:
         raise ValueError(f"SDXL's U-Net has no sequence to split: drop {' and '.join(split)}.")
     return hybrid
+
+
+def leaves_layout_open(args: argparse.Namespace, argv: list[str], gpus: int) -> bool:
+    """Whether it is `choose_layout`'s to say how the GPUs of this machine are used.
+
+    It is not where a degree or a number of processes is given (1 too), nor where there are two GPUs or fewer.
+    """
+    given = {arg.partition("=")[0].lstrip("-").replace("-", "_") for arg in argv if arg.startswith("--")}
+    is_chosen = given & set(PROCESS_DEGREES) or any(getattr(args, name) > 1 for name in PROCESS_DEGREES)
+    is_launched = args.nproc_per_node is not None or args.nnodes > 1
+    return args.parallel == "hybrid-cond" and gpus > 2 and not is_chosen and not is_launched
+
+
+def choose_layout(args: argparse.Namespace, gpus: int, device: str) -> tuple[list[str], str]:
+    """The flags of the planner's best layout for these pictures, and a line that says so.
+
+    Args:
+        args: flags of `build_parser`.
+        gpus: that may be used.
+        device: name of a GPU.
+
+    Raises:
+        ValueError: with the flag and the mend.
+    """
+    config, checkpoint = read_config(args), resolve(args.model)
+    assert config is not None, "the layout is open under hybrid-cond only"
+    images = len(args.prompt) if isinstance(args.prompt, list) else 1
+    if args.batch_size:
+        images = min(images, args.batch_size)
+    cost = planner.cost_of(checkpoint, args.height or checkpoint.size, args.width or checkpoint.size)
+    speed, source = planner.speed_of(cost.family, device)
+    plan = planner.expected_plan(config, args.num_inference_steps or checkpoint.steps)
+    best = planner.best(planner.rank_layouts(cost, speed, planner.Machine(), plan, gpus, images))
+    flags = best.layout.flags()
+    line = (
+        f"of {gpus} GPUs {best.layout.gpus} are used ({' '.join(flags) or 'a branch each'}): the fastest for "
+        f"{images} picture{'s' * (images > 1)} at a time, {best.seconds:.2g} s each by the planner with an {source}'s "
+        "figures. Give --data_parallel_degree or --ulysses_degree to choose; `xdit-hybrid plan` shows the rest."
+    )
+    return flags, line
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,60 @@
+"""The planner's predictions beside what ``run.py`` measured: ``python benchmarks/predict.py times.jsonl ...``.
+
+Markdown, a row a scenario and strategy. Without CUDA graphs a GPU waits for its host, of which the model knows nothing
+but for split sequences: those rows are marked, and only there for comparison.
+"""
+
+import json
+import statistics
+import sys
+from functools import cache
+from pathlib import Path
+
+import torch
+from scenarios import SCENARIOS
+
+from hybridiff_xdit.denoisers import branch_inputs, build
+from hybridiff_xdit.plan import Plan
+from hybridiff_xdit.planner import Cost, Layout, Machine, one_gpu, predict, speed_of
+
+
+def table(lines: list[dict]) -> str:
+    """The table; seconds are those of a picture, medians where measured."""
+    rows = [
+        "| GPU | scenario | strategy | measured s | predicted s | error | |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for line in lines:
+        measured = statistics.median(line["seconds"]) / line.get("pictures", 1)
+        predicted = prediction(line)
+        is_graphed, is_split = any(line.get("pieces") or ()), "ulysses" in line["strategy"]
+        note = "" if is_graphed or is_split else "eager: not claimed"
+        name = f"{line['device'].split()[1]} | {line['scenario']} | {line['strategy']}"
+        error = f"{100 * (predicted / measured - 1):+.0f}%"
+        rows.append(f"| {name} | {measured:.2f} | {predicted:.2f} | {error} | {note} |")
+    return "\n".join(rows) + "\n"
+
+
+def prediction(line: dict) -> float:
+    """Seconds of a picture, from the scenario, the plan that was run and the stored figures of the GPU alone."""
+    cost = _cost(line["scenario"], getattr(torch, line["dtype"]))
+    speed, _ = speed_of(cost.family, line["device"])
+    if line["plan"] is None:
+        return one_gpu(cost, speed, line["steps"])
+    pictures = line.get("pictures", 1)
+    sequence = len(line["peak_memory"]) // 2 if "ulysses" in line["strategy"] else 1
+    plan = Plan.parse(line["plan"])
+    return predict(cost, speed, Machine(), plan, Layout(pictures, sequence), pictures).seconds
+
+
+@cache
+def _cost(scenario: str, dtype: torch.dtype) -> Cost:
+    settings, side = SCENARIOS[scenario].settings, SCENARIOS[scenario].side // 8
+    with torch.device("meta"):
+        denoiser = build(settings)
+    return Cost.of(denoiser, branch_inputs(settings, side, side, device="meta"), dtype)
+
+
+if __name__ == "__main__":
+    read = (json.loads(line) for name in sys.argv[1:] for line in Path(name).read_text().splitlines())
+    sys.stdout.write(table(list(read)))

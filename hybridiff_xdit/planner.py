@@ -1,0 +1,513 @@
+"""Which layout of N GPUs is the fastest? A cost model that can be read, and what it predicts.
+
+A *layout* multiplies `data` groups that share the pictures out, 2 branches, `sequence` = p ranks that split a branch's
+image tokens (MMDiT, Ulysses), and R = `stages` / 2 ranks that split a branch's layers. Seconds of a step, for a
+denoiser of f FLOPs a branch with A attentions of width D over n image and s text tokens:
+
+    FULL       work(1 / R) + [R > 1] link(boundary) + link(prediction)
+    PIPELINED  work(share) + link(boundary), if it is handed over, + link(prediction)
+    SKIPPED    0
+    any step   `step` besides: the scheduler, the guidance, copies
+    one GPU    fixed + 2 f / rate + `step`: both branches as one batch
+
+    work(x)    x (fixed + f_p / rate + exchange)     x: the part of a forward that a rank runs
+    share      skew times the larger part of the FLOPs of two stages; skew / S of more
+    f_p        linear (n / p + s) / (n + s) + 4 A D (n / p + s) (n + s),  linear = f - 4 A D (n + s)^2
+    exchange   4 A all-to-alls (query, key, value, output; xDiT sends the text's queries and outputs too), and one
+               all-gather of the prediction's shards:
+               (4 A + 1) latency + (p - 1) / p (A (4 n / p + 2 s) D + prediction) / bandwidth
+    link(b)    latency + b / bandwidth, of the link that the axis crosses
+
+Nothing is taken to overlap, and all that is sent along an axis that crosses nodes is taken to leave its node. A branch
+whose tokens are split runs without CUDA graphs, so that its work(x) is at least x times the time that the host needs,
+`launch` for each unit. A group with k pictures takes k times as long as with one.
+
+What the model leaves out: text encoders, the VAE, the two calls before a graph is replayed, ranks waiting for one
+another, and that small shards fill a GPU less than `fixed` says. Memory is crude: the weights, which every rank holds,
+and 80 times the largest boundary between units (it has been 77 to 84 with two ranks, graphs included).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, permutations
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.benchmark import Timer
+
+from .checkpoints import Checkpoint
+from .config import HybridConfig
+from .denoisers import branch_inputs, build
+from .graphs import Graphs
+from .partition import Inputs, Partition, read, tensors_of
+from .plan import FULL, PIPELINED, SKIPPED, Plan, StepKind
+
+#: Stages that `best` may choose. More are predicted, but the engine does not run them yet.
+AVAILABLE_STAGES = (2,)
+
+#: What of a layout is split, from the ranks that are neighbours to those farthest apart, as xDiT numbers them.
+AXES = ("sequence", "stages", "branch", "data")
+
+#: Speed-up bound that stands for the adaptive policy where none is given: what its default tolerance comes to.
+TYPICAL_SPEEDUP = 2.5
+
+_LARGEST_BOUNDARIES = 80  # of memory, see above
+
+
+class Link(NamedTuple):
+    """What connects two GPUs; bandwidth in bytes a second one way, latency in seconds of one exchange."""
+
+    name: str
+    bandwidth: float
+    latency: float
+
+    def seconds(self, count: float, exchanges: int = 1) -> float:
+        """Of ``count`` bytes, in so many exchanges one after the other."""
+        return exchanges * self.latency + count / self.bandwidth
+
+
+#: Assumed, not measured: two thirds of what NVLink 4 has one way, and about the latency of NCCL's kernels.
+NVLINK = Link("NVLink", 300e9, 20e-6)
+#: A 400 Gb/s port a GPU: 46 to 48 GB/s are usual (github.com/NVIDIA/nccl-tests/issues/290). The latency is assumed.
+NETWORK = Link("network", 45e9, 40e-6)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Nodes of GPUs, one link inside a node, another between nodes."""
+
+    node: int = 8
+    inside: Link = NVLINK
+    between: Link = NETWORK
+
+
+class Point(NamedTuple):
+    """A forward of one branch that was timed."""
+
+    flops: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a GPU runs one family of denoisers.
+
+    Attributes:
+        fixed: seconds of a forward that do not grow with its FLOPs (kernels too small to fill the GPU).
+        rate: FLOPs a second of the rest.
+        step: seconds of a step beside the forwards.
+        skew: time of the slower of two stages, over what its FLOPs say.
+        launch: seconds that the host takes to launch a unit's kernels without CUDA graphs.
+    """
+
+    fixed: float
+    rate: float
+    step: float = 0.0
+    skew: float = 1.0
+    launch: float = 0.0
+
+    @classmethod
+    def through(cls, small: Point, large: Point, **rest: float) -> Speed:
+        """The straight line through two timed forwards, or from 0 through the large one if that has no sense."""
+        flops, seconds = large.flops - small.flops, large.seconds - small.seconds
+        if flops <= 0 or not 0 < seconds / flops <= small.seconds / small.flops:
+            return cls(0.0, large.flops / large.seconds, **rest)
+        return cls(small.seconds - small.flops * seconds / flops, flops / seconds, **rest)
+
+    def seconds(self, flops: float) -> float:
+        """Of a forward."""
+        return self.fixed + flops / self.rate
+
+
+#: By `Anatomy.family`, in float16: graphs replayed alone on one GPU, a branch's forward of SDXL and SD3-medium at 1024
+#: and 2048 px (`Point`); ``step`` from one rank that ran without a peer; ``skew`` from its share of a PIPELINED step;
+#: ``launch`` from the forward at 1024 px without graphs, for SD3 an upper bound. The H100's figures are those of
+#: benchmarks/results/two-ranks_2xH100_2026-11-24.md. It was not timed at 2048 px, nor ``step`` and ``skew`` on the
+#: H200: there the other's stand in, the forwards scaled by the two at 1024 px.
+_UNET = {"step": 2.4e-3, "skew": 1.056, "launch": 46e-3 / 32}
+_MMDIT = {"step": 1.0e-3, "skew": 1.007, "launch": 27.8e-3 / 26}
+SPEEDS = {
+    "H100": {
+        "unet": Speed.through(Point(6.761e12, 27.3e-3), Point(35.907e12, 102e-3 * 27.3 / 26.4), **_UNET),
+        "mmdit": Speed.through(Point(8.904e12, 26.9e-3), Point(63.923e12, 167.5e-3 * 26.9 / 26.7), **_MMDIT),
+    },
+    "H200": {
+        "unet": Speed.through(Point(6.761e12, 26.4e-3), Point(35.907e12, 102e-3), **_UNET),
+        "mmdit": Speed.through(Point(8.904e12, 26.7e-3), Point(63.923e12, 167.5e-3), **_MMDIT),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One branch of a denoiser at one size.
+
+    Attributes:
+        flops: of a forward.
+        share: the larger of two stages' part of them.
+        units: pieces that the forward is made of (`Anatomy.units`).
+        prediction: bytes; so too the next four.
+        to_output: boundary that the rank with the prediction is handed on a PIPELINED step.
+        from_output: what it hands the other (a U-Net's features; an MMDiT: 0).
+        largest: boundary between units.
+        weights: of the denoiser.
+        image, text: tokens, of an MMDiT; so too the next three.
+        attentions: attentions that a split sequence exchanges for. (SD3.5-medium's second ones, which see image tokens
+            only, are taken for full ones.)
+        width: bytes of a token in one of an attention's tensors.
+        heads: of an attention.
+    """
+
+    family: str
+    flops: float
+    share: float
+    units: int
+    prediction: int
+    to_output: int
+    from_output: int
+    largest: int
+    weights: int
+    image: int = 0
+    text: int = 0
+    attentions: int = 0
+    width: int = 0
+    heads: int = 1
+    itemsize: int = 2
+
+    @classmethod
+    def of(cls, denoiser: nn.Module, inputs: Inputs, dtype: torch.dtype) -> Cost:
+        """Counted as `Anatomy.partition` does, by a run on fake tensors.
+
+        Args:
+            denoiser: on any device, meta included.
+            inputs: one branch's forward arguments, whose first is the latents, on the same device.
+            dtype: that the denoiser will have.
+        """
+        anatomy = read(denoiser)
+        partition = anatomy.partition(inputs)
+
+        def count(unit: int) -> int:
+            return sum(shape.numel() for shape, _ in partition.shapes[unit])
+
+        size = dtype.itemsize
+        return cls(
+            family=anatomy.family,
+            flops=sum(partition.flops),
+            share=max(partition.flops) / sum(partition.flops),
+            units=len(anatomy.units),
+            prediction=next(tensors_of(inputs)).numel() * size,
+            to_output=count(partition.cut) * size,
+            from_output=_features(partition, count) * size,
+            largest=max(map(count, range(len(anatomy.units)))) * size,
+            weights=sum(parameter.numel() for parameter in denoiser.parameters()) * size,
+            itemsize=size,
+            **(_tokens(anatomy, partition, size) if anatomy.family == "mmdit" else {}),
+        )
+
+    def shard(self, count: int, p: int) -> float:
+        """Bytes of a boundary of ``count`` bytes whose image tokens are split over p ranks."""
+        return count * (self.image / p + self.text) / (self.image + self.text) if p > 1 else count
+
+    def flops_of(self, p: int) -> float:
+        """Of a rank's part of a forward, its image tokens split over p ranks."""
+        if p == 1:
+            return self.flops
+        tokens, mine = self.image + self.text, self.image / p + self.text
+        squares = 4 * self.attentions * self.width / self.itemsize
+        return (self.flops - squares * tokens**2) * mine / tokens + squares * mine * tokens
+
+    def exchanged(self, p: int) -> float:
+        """Bytes that a rank of p sends for a forward, in 4 exchanges an attention and one of the prediction."""
+        attention = (4 * self.image / p + 2 * self.text) * self.width
+        return (p - 1) / p * (self.attentions * attention + self.prediction)
+
+
+def _features(partition: Partition, count: Any) -> int:
+    """Elements that the output's rank hands the other on the same step; none where the network begins there."""
+    first, *_, last = partition.segments
+    return count(first.stop - 1) if first.rank == last.rank else 0
+
+
+def _tokens(anatomy: Any, partition: Partition, size: int) -> dict[str, int]:
+    (image, _), (text, _) = partition.shapes[0]  # [B, N, C], [B, S, C]
+    attentions = anatomy.sequence_parts().attentions
+    return {
+        "image": image[1],
+        "text": text[1],
+        "attentions": len(attentions),
+        "width": image[2] * size,
+        "heads": attentions[0].heads,
+    }
+
+
+def speed_of(family: str, device: str) -> tuple[Speed, str]:
+    """The stored figures for a GPU by its name, and whose they are; an unknown one gets the H100's."""
+    name = next((name for name in SPEEDS if name in device), "H100")
+    return SPEEDS[name][family], name
+
+
+def cost_of(checkpoint: Checkpoint, height: int, width: int) -> Cost:
+    """Of a checkpoint's denoiser, from its configuration; ``height`` and ``width`` of the picture in pixels.
+
+    Raises:
+        ValueError: the denoiser has no such size.
+    """
+    with torch.device("meta"):
+        denoiser = build(checkpoint.denoiser)
+    inputs = branch_inputs(checkpoint.denoiser, *_latents(checkpoint, height, width), device="meta")
+    try:
+        return Cost.of(denoiser, inputs, checkpoint.dtype)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).rstrip(".")
+        raise ValueError(f"{checkpoint.name} at {height} x {width} px: {reason}. Choose another size.") from error
+
+
+def calibrate(checkpoint: Checkpoint, height: int, width: int, device: torch.device) -> Speed:
+    """Time a branch's forward on this device at the size and at half the side; the rest is as stored.
+
+    With random weights; on a GPU by CUDA graph in the checkpoint's dtype, on a CPU in float32.
+    """
+    is_cuda = device.type == "cuda"
+    dtype = checkpoint.dtype if is_cuda else torch.float32
+    with device:
+        denoiser = build(checkpoint.denoiser).to(dtype)
+    anatomy, graphs = read(denoiser), Graphs(denoiser)
+
+    def forward(inputs: Inputs) -> torch.Tensor:
+        return denoiser(**inputs)[0]
+
+    def replay(inputs: Inputs) -> torch.Tensor:
+        return graphs("forward", forward, inputs)
+
+    def seconds(function: Any, inputs: Inputs) -> float:
+        names = {"function": function, "inputs": inputs}
+        return Timer("function(inputs)", globals=names).blocked_autorange(min_run_time=1.0).median
+
+    whole = _latents(checkpoint, height, width)
+    half = [max(8, side // 16 * 8) for side in whole]  # a multiple of what the denoisers' levels need
+    small, large = (branch_inputs(checkpoint.denoiser, *size, dtype=dtype, device=device) for size in (half, whole))
+    points = []
+    with torch.no_grad():
+        graphs.begin()
+        graphs.look()
+        for inputs in (small, large):
+            for _ in range(3):  # as it is, captured, replayed
+                replay(inputs)
+            points.append(Point(sum(anatomy.partition(inputs).flops), seconds(replay, inputs)))
+        launch = seconds(forward, small) / len(anatomy.units) if is_cuda else 0.0
+    stored = SPEEDS["H100"][anatomy.family]
+    return Speed.through(*points, step=stored.step, skew=stored.skew, launch=launch)
+
+
+def _latents(checkpoint: Checkpoint, height: int, width: int) -> tuple[int, int]:
+    scale = checkpoint.size // checkpoint.denoiser["sample_size"]
+    return height // scale, width // scale
+
+
+def expected_plan(config: HybridConfig, num_steps: int) -> Plan:
+    """A plan with the steps of each kind that a configuration may be expected to take, spread evenly.
+
+    Of the adaptive policy that is what its bound comes to, by SKIPPED steps (PIPELINED, where it may not skip);
+    without a bound, `TYPICAL_SPEEDUP`.
+    """
+    if config.plan is not None:
+        return Plan.parse(config.plan, num_steps)
+    if config.policy == "paper":
+        interval = config.interval or max(1, round(num_steps / 10))
+        return Plan([FULL] * (num_steps - interval - 1) + [PIPELINED] * interval + [FULL])
+    if config.policy == "cfg":
+        return Plan([FULL] * num_steps)
+    saved = num_steps - 2 * num_steps / (config.speedup or TYPICAL_SPEEDUP)  # see Plan.speedup_bound
+    kind, count = (PIPELINED, 2 * saved) if config.kinds == "FP" else (SKIPPED, saved)
+    return _spread(kind, min(round(count), num_steps - 1), num_steps)
+
+
+def _spread(kind: StepKind, count: int, num_steps: int) -> Plan:
+    marks = [i * count // num_steps for i in range(num_steps + 1)]
+    return Plan(kind if after > before else FULL for before, after in pairwise(marks))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees of parallelism; ``order`` has the axes from neighbouring ranks to the farthest (`AXES`: xDiT's)."""
+
+    data: int = 1
+    sequence: int = 1
+    stages: int = 2
+    order: tuple[str, ...] = AXES
+
+    def degree(self, axis: str) -> int:
+        """Ranks along an axis."""
+        return {"sequence": self.sequence, "stages": self.stages // 2, "branch": 2, "data": self.data}[axis]
+
+    @property
+    def gpus(self) -> int:
+        return math.prod(map(self.degree, AXES))
+
+    @property
+    def is_available(self) -> bool:
+        """Whether the engine runs it, and xDiT numbers its ranks so."""
+        return self.stages in AVAILABLE_STAGES and self.order == AXES
+
+    def link(self, axis: str, machine: Machine) -> Link:
+        """What the ranks along an axis are connected by: the network, if not all such groups lie within a node."""
+        extent = math.prod(map(self.degree, self.order[: self.order.index(axis) + 1]))
+        is_inside = self.gpus <= machine.node or machine.node % extent == 0
+        return machine.inside if is_inside else machine.between
+
+    def crossing(self, machine: Machine) -> tuple[str, ...]:
+        """The axes of a picture that cross the network."""
+        split = [axis for axis in self.order if axis != "data" and self.degree(axis) > 1]
+        return tuple(axis for axis in split if self.link(axis, machine) is machine.between)
+
+    def flags(self) -> list[str]:
+        """What to type beside ``--parallel hybrid-cond``."""
+        degrees = {"data_parallel_degree": self.data, "ulysses_degree": self.sequence}
+        if self.stages != 2:
+            degrees["hybrid_stages"] = self.stages
+        return [text for name, value in degrees.items() if value > 1 for text in (f"--{name}", str(value))]
+
+
+class Prediction(NamedTuple):
+    """What the model says of a layout.
+
+    Attributes:
+        seconds: a picture, of the denoising loop.
+        speedup: over one GPU with CUDA graphs.
+        sent: bytes a picture that the rank that sends most along an axis sends there, by axis.
+        memory: bytes of each GPU, crude.
+        is_host_bound: whether launching kernels takes longer than running them.
+    """
+
+    layout: Layout
+    seconds: float
+    speedup: float
+    sent: dict[str, float]
+    memory: float
+    is_host_bound: bool
+
+
+def one_gpu(cost: Cost, speed: Speed, num_steps: int) -> float:
+    """Seconds of a picture on one GPU with CUDA graphs, both branches in one batch."""
+    return num_steps * (speed.seconds(2 * cost.flops) + speed.step)
+
+
+def predict(cost: Cost, speed: Speed, machine: Machine, plan: Plan, layout: Layout, images: int = 1) -> Prediction:
+    """Predict ``images`` pictures in one call, by the equations above."""
+    p, ranks = layout.sequence, layout.stages // 2
+    link = {axis: layout.link(axis, machine) for axis in AXES}
+    full, pipelined = plan.count(FULL), plan.count(PIPELINED)
+    handed = sum(row.work[0] == "stage0" for row in plan.rows())
+    share = speed.skew * (cost.share if layout.stages == 2 else 1 / layout.stages)
+    boundary, features = cost.shard(cost.to_output, p), cost.shard(cost.from_output, p)
+    between_stages = max((link["branch"], *([link["stages"]] if ranks > 1 else [])), key=lambda link: link.seconds(1))
+
+    kernels = speed.seconds(cost.flops_of(p))
+    if p > 1:
+        kernels += link["sequence"].seconds(cost.exchanged(p), exchanges=4 * cost.attentions + 1)
+    launch = speed.launch * cost.units if p > 1 else 0.0
+    work = max(kernels, launch)
+
+    one_full = work / ranks + link["branch"].seconds(cost.prediction)
+    if ranks > 1:
+        one_full += link["stages"].seconds(boundary)
+    one_pipelined = work * share + link["branch"].seconds(cost.prediction)
+    run = full * one_full + pipelined * one_pipelined + handed * between_stages.seconds(boundary)
+    run += len(plan) * speed.step
+
+    sent = {}
+    if p > 1:
+        sent["sequence"] = (full / ranks + pipelined * share) * cost.exchanged(p)
+    if ranks > 1:
+        sent["stages"] = (full + handed) * boundary
+    predictions = full * cost.prediction
+    # Stage 0's rank hands its boundary over; the other rank the prediction of a PIPELINED step.
+    sent["branch"] = max(predictions + handed * boundary, predictions + pipelined * cost.prediction + handed * features)
+
+    seconds = math.ceil(images / layout.data) * run / images
+    memory = cost.weights + _LARGEST_BOUNDARIES * cost.shard(cost.largest, p)
+    speedup = one_gpu(cost, speed, len(plan)) / seconds
+    return Prediction(layout, seconds, speedup, sent, memory, launch > kernels)
+
+
+def layouts(cost: Cost, gpus: int, images: int, machine: Machine) -> Iterator[Layout]:
+    """Every layout of up to so many GPUs; those past a node once for each choice of what crosses the network."""
+    for data in range(1, min(gpus // 2, images) + 1):
+        if data > 1 and math.ceil(images / data) == math.ceil(images / (data - 1)):
+            continue  # no group has fewer pictures for it
+        for p in range(1, gpus // (2 * data) + 1):
+            if cost.heads % p or cost.image % p:
+                continue
+            for ranks in (2**i for i in range(gpus.bit_length())):
+                layout = Layout(data, p, 2 * ranks)
+                if layout.gpus <= gpus and layout.stages <= cost.units:
+                    yield from _orders(layout, machine)
+
+
+def _orders(layout: Layout, machine: Machine) -> Iterator[Layout]:
+    seen = set()
+    for order in permutations(AXES[:-1]):  # the first is xDiT's
+        placed = Layout(layout.data, layout.sequence, layout.stages, (*order, "data"))
+        crossing = frozenset(placed.crossing(machine))
+        if crossing not in seen:
+            seen.add(crossing)
+            yield placed
+
+
+def rank_layouts(
+    cost: Cost, speed: Speed, machine: Machine, plan: Plan, gpus: int, images: int = 1
+) -> list[Prediction]:
+    """Predictions of all layouts of up to ``gpus`` GPUs, best first; of equals, the one with fewer GPUs."""
+    predictions = [
+        predict(cost, speed, machine, plan, layout, images) for layout in layouts(cost, gpus, images, machine)
+    ]
+    return sorted(predictions, key=lambda prediction: (prediction.seconds, prediction.layout.gpus))
+
+
+def best(predictions: Sequence[Prediction]) -> Prediction:
+    """The best that can be run; there is one, since the pair of branches can."""
+    return next(prediction for prediction in predictions if prediction.layout.is_available)
+
+
+def table(predictions: Sequence[Prediction], machine: Machine) -> str:
+    """One row a layout, as text."""
+    head = (
+        "GPUs",
+        "data x sequence x branch x layers",
+        "s/picture",
+        "speed-up",
+        "GiB",
+        "MB sent by a rank",
+        "flags beside --parallel hybrid-cond",
+    )
+    rows = [head, *(_cells(prediction, machine) for prediction in predictions)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _cells(prediction: Prediction, machine: Machine) -> tuple[str, ...]:
+    layout = prediction.layout
+    sent = [
+        f"{axis} {count / 1e6:.0f}{' over the network' if axis in layout.crossing(machine) else ''}"
+        for axis, count in prediction.sent.items()
+    ]
+    flags = " ".join(layout.flags()) or "(none)"
+    if layout.stages not in AVAILABLE_STAGES:
+        flags = f"not yet: {layout.stages} stages, boundaries up to {layout.stages - 1} steps old"
+    elif not layout.is_available:
+        flags = "not in xDiT's order of ranks"
+    return (
+        str(layout.gpus),
+        f"{layout.data} x {layout.sequence} x 2 x {layout.stages // 2}",
+        f"{prediction.seconds:.2f}" + (" host-bound" if prediction.is_host_bound else ""),
+        f"{prediction.speedup:.2f}",
+        f"{prediction.memory / 2**30:.1f}",
+        ", ".join(sent),
+        flags,
+    )
