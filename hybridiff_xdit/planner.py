@@ -292,7 +292,7 @@ def calibrate(checkpoint: Checkpoint, height: int, width: int, device: torch.dev
     small, large = (branch_inputs(checkpoint.denoiser, *size, dtype=dtype, device=device) for size in (half, whole))
     points = []
     with torch.no_grad():
-        graphs.begin()
+        graphs.begin(device)
         graphs.look()
         for inputs in (small, large):
             for _ in range(3):  # as it is, captured, replayed
