@@ -59,7 +59,7 @@ class Mixed:
 
 
 class NoGuidance(Mixed):
-    """Both stages are cond; the cond prediction is used unguided."""
+    """All stages are cond; the cond prediction is used unguided."""
 
     stage0_branch = "cond"
 
@@ -73,7 +73,7 @@ class _Known(NamedTuple):
 
 
 class Reuse(NoGuidance):
-    """Both stages are cond; the guidance is the last delta that a FULL step measured. SKIPPED: its pred_c too."""
+    """All stages are cond; the guidance is the last delta that a FULL step measured. SKIPPED: its pred_c too."""
 
     estimates = True
     _memory = 2

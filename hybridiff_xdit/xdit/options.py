@@ -80,7 +80,11 @@ _HYBRID_OPTIONS: dict[str, dict[str, Any]] = {
     "slope_threshold": {"type": float, "metavar": "G", "help": "fall per step at which the window starts"},
     "tau_cap": {"type": int, "metavar": "STEP", "help": "the latest step at which the window starts"},
     "plan": {"metavar": "PLAN", "help": "for 'fixed': F, P or S a step, or START-END/GAP such as 8-48/2, 8-48/2S"},
-    "stages": {"type": int, "metavar": "N", "help": "stages of a PIPELINED step"},
+    "stages": {
+        "type": int,
+        "metavar": "N",
+        "help": "processes a picture, each with a stage of a PIPELINED step; even (default: 2)",
+    },
     "cuda_graphs": {
         "type": _switch,
         "metavar": "{on,off}",
@@ -156,7 +160,7 @@ def read_config(args: argparse.Namespace) -> HybridConfig | None:
     """
     given = {name: getattr(args, f"hybrid_{name}") for name in _HYBRID_OPTIONS}
     if args.parallel == "hybrid-cond":
-        return HybridConfig(**given)
+        return HybridConfig(**{name: value for name, value in given.items() if value is not None})
     if flags := [f"--hybrid_{name}" for name, value in given.items() if value is not None]:
         raise ValueError(f"{', '.join(flags)} need --parallel hybrid-cond: add it, or drop them.")
     return None
