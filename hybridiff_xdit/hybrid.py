@@ -289,7 +289,9 @@ class _Session:
         if not is_guided:
             self._warn("hybrid-cond: guidance is off (guidance_scale <= 1), so every rank evaluates the whole model.")
             config = HybridConfig(policy="cfg")
-        rule = Mixed if config.policy == "cfg" else RULES[str(config.guidance)]
+        # Where nothing is approximated, no rule is needed; but FULL steps of several stages may be extrapolated to.
+        is_exact = config.policy == "cfg" and config.stages == 2
+        rule = Mixed if is_exact else RULES[str(config.guidance)]
         sampler = None
         if config.policy == "adaptive" or rule.needs_sampler:
             start = float(inputs["timestep"].flatten()[0])
@@ -484,9 +486,9 @@ def apply_hybrid(
     size = dist.get_world_size(group) if dist.is_initialized() and not simulate else 1
     if size not in (1, config.stages):
         raise ValueError(
-            f"hybrid-cond with --hybrid_stages {config.stages} (HybridConfig.stages) runs on {config.stages} ranks, but "
-            f"the group has {size}. Start it with --nproc_per_node {config.stages}, pass group= with so many ranks, or "
-            "give another number of stages."
+            f"hybrid-cond with --hybrid_stages {config.stages} (HybridConfig.stages) runs on {config.stages} ranks, "
+            f"but the group has {size}. Start it with --nproc_per_node {config.stages}, pass group= with as many, "
+            "or give another number of stages."
         )
     if sequence is not None and config.stages > 2:
         raise ValueError(
