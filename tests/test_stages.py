@@ -2,6 +2,8 @@
 
 import itertools
 import random
+import time
+from types import SimpleNamespace
 
 import oracle
 import pytest
@@ -14,6 +16,7 @@ from test_report import AGREEMENT, HEADER
 from test_simulate import off_for_a_step
 
 from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
+from hybridiff_xdit.comm import Comm
 from hybridiff_xdit.partition import read
 from hybridiff_xdit.plan import Plan
 
@@ -191,6 +194,39 @@ def test_report_files(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.png"}
 
 
+def blocking(name, fields):
+    """(latents, seconds that a send took whose receiver came half a second late); every send waits for its receiver."""
+    send = Comm.send
+
+    def waits(self, tensor, dst):
+        send(self, tensor, dst).wait()
+        return SimpleNamespace(wait=lambda: None)  # gloo's would wait for another one
+
+    start = time.monotonic()
+    if dist.get_rank() == 0:
+        Comm().send(torch.zeros(1), 1).wait()
+    elif dist.get_rank() == 1:
+        time.sleep(0.5)
+        Comm().receive(torch.empty(1), 0)
+    seconds = time.monotonic() - start
+    Comm.send = waits
+    try:
+        return hybrid(name, fields)[0], seconds
+    finally:
+        Comm.send = send
+
+
+@pytest.mark.parametrize("plan", ["FFFPPPFFPF", "FPPPSFFSPP"])
+@pytest.mark.parametrize("name", ["deep sd3", "sdxl"])
+def test_nothing_waits_in_a_circle(eight, name, plan):
+    """As where one communicator serves all of a rank's transfers, in the order in which the rank issued them."""
+    fields = {"plan": plan, "stages": 8}
+    outcomes = eight.run(blocking, name, fields, timeout=60)
+    assert outcomes[0][1] > 0.4
+    alone, _ = simulated(name, fields)
+    assert all(torch.equal(latents, alone) for latents, _ in outcomes)
+
+
 # Where the cuts lie.
 
 
@@ -269,7 +305,7 @@ def test_stages_that_are_not_the_ranks(four, stages):
 
 
 def drifting(name, fields, who):
-    def drift(pipe, step, time, tensors):
+    def drift(pipe, step, timestep, tensors):
         return {"latents": tensors["latents"] + (0.1 if step == 4 and dist.get_rank() == who else 0)}
 
     return fails(name, fields, callback_on_step_end=drift)
