@@ -229,6 +229,7 @@ class Executor:
 
     def _in_stages(self, branches: dict[Branch, Inputs], time: float, extrapolate: bool) -> list[torch.Tensor]:
         """The predictions that end on this process's ranks, each branch through its ranks."""
+        assert self._partition is not None
         half = self.stages // 2
         predictions: list[torch.Tensor] = []
         firsts: dict[Branch, int] = {"uncond": 0, "cond": half}
@@ -240,7 +241,8 @@ class Executor:
                 route, branches, time, range(self.stages), extrapolate=extrapolate, synchronous=waits
             )
             for index, boundary in made.items():
-                self._learn(branch, index, _Known(time, boundary))
+                if self._partition.segments[index].stage % 2 == 0:  # another rank's
+                    self._learn(branch, index, _Known(time, boundary))
                 if branch == "cond":
                     self._learn("pipelined", index, _Known(time, boundary))
             if ranks[-1] in self.ranks:

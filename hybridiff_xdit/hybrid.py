@@ -297,7 +297,7 @@ class _Session:
             start = float(inputs["timestep"].flatten()[0])
             sampler = read_sampler(self.pipe.scheduler, start, num_steps)
         policy = make_policy(config, num_steps, self.anatomy.family, sampler)
-        if policy.may_pipeline or (is_guided and config.stages > 2):  # FULL steps then have stages too
+        if policy.may_pipeline or config.stages > 2:  # FULL steps then have stages too
             self.anatomy.check_inputs(inputs)
             self.executor.prepare(_branches(inputs)["cond"])
         self.graphs.begin()

@@ -56,7 +56,7 @@ STAGE_CUTS = {
 }
 
 #: With more than two stages, FULL steps at the beginning that read nothing old.
-EXACT = 2
+EXACT = 4
 
 
 class Full(NamedTuple):

@@ -15,7 +15,7 @@ from hybridiff_xdit import HybridConfig, apply_hybrid
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PLAN = "FFFPPFSFPF"
+PLAN = "FFFFFPPFSF"
 
 
 def simulated(folder, name, prompts):
