@@ -37,7 +37,7 @@ DEFAULT_KINDS = "FPS"
 
 
 #: With more than two stages, FULL steps at the beginning of a run on which each stage waits for the one before it. Each
-#: takes as long as with two stages. Two are needed to have something old to extrapolate from; with four the pictures are
+#: takes as long as with two stages. Two are needed to have something old to extrapolate from; four make the pictures
 #: 2.5 dB (emoji-sd3) and 0.6 dB (emoji-sdxl) closer, with eight 0.4 dB more (4 stages, 50 FULL steps, 8 prompts).
 SYNCHRONOUS_STEPS = 4
 

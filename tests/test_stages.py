@@ -11,6 +11,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from ranks import Ranks
+from test_features import SD3_TENSORS
 from test_partition import inputs
 from test_report import AGREEMENT, HEADER
 from test_simulate import off_for_a_step
@@ -121,9 +122,7 @@ def test_the_first_full_steps_are_exact(name, stages):
 
 def test_guidance_off_for_a_step():
     pipe = tiny.pipeline("sd3")
-    arguments = dict(
-        num_inference_steps=12, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds", "pooled_prompt_embeds"]
-    )
+    arguments = dict(num_inference_steps=12, callback_on_step_end_tensor_inputs=SD3_TENSORS)
     found = simulated("sd3", {"plan": "FFFFPPFPFPFF", "stages": 4}, callback_on_step_end=off_for_a_step(8), **arguments)
     assert found[1]["plan"] == "FFFFPPFPFFFF"
     with oracle.inside(pipe, plan=found[1]["plan"], rule="deferred", cut=oracle.STAGE_CUTS["sd3", 4]):
