@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 
-from .comm import Comm, Transfer, checksum
+from .comm import Comm, Gathering, Transfer, checksum
 from .graphs import Graphs
 from .partition import Activation, Anatomy, Boundary, Inputs, Partition, Segment, tensors_of
 from .plan import SYNCHRONOUS_STEPS
@@ -18,7 +18,10 @@ Branch = Literal["uncond", "cond"]
 
 
 class Exchange(NamedTuple):
-    """What a FULL step brings every rank: both predictions [B, ...], and if the ranks' inputs differ (0-d bool)."""
+    """What a FULL step brings every rank: both predictions [B, ...], and if the ranks' inputs differ (0-d bool).
+
+    With more than two stages, the last is known of the FULL step before only: see `Executor.drifted`.
+    """
 
     pred_u: torch.Tensor
     pred_c: torch.Tensor
@@ -80,8 +83,11 @@ class Executor:
 
     Transfers cannot wait for each other in a circle, even if a send takes until it is received: on every rank a step's
     old boundaries leave first, then each rank takes the old one that it reads before it sends anything to a rank before
-    it in the network, and last come the predictions. So the ranks' transfers follow one order, from the last stage to
-    the first.
+    it in the network, and last come the predictions, uncond's first. So the ranks' transfers follow one order, from the
+    last stage to the first.
+
+    The stages of a U-Net lag behind one another (`partition`), so where a branch has several ranks no step may end in
+    an exchange that waits for all: predictions are sent to each rank, which takes them when it has done its part.
 
     Args:
         anatomy: the denoiser read as units.
@@ -102,12 +108,12 @@ class Executor:
         self.ranks = (comm.rank,) if comm.size > 1 else tuple(range(stages))
         self._partition: Partition | None = None
         self._device = torch.device("cpu")
-        self._prediction: torch.Tensor | None = None  # of the last FULL step: shape and dtype of the next
         self._captured: Boundary | None = None  # by the hook, in the last forward
         self._full_steps = 0
         # The last two boundaries that are at home on this rank, by stream and by index of the segment that reads them.
         self._known: defaultdict[tuple[str, int], list[_Known]] = defaultdict(list)
         self._due: _Due | None = None
+        self._sums: Gathering | None = None  # of the last FULL step's inputs, where they are not waited for
         self._outgoing: list[Transfer] = []
         self._capture: Any = None
 
@@ -133,7 +139,7 @@ class Executor:
         *,
         extrapolate: bool,
     ) -> Exchange:
-        """Both branches, each on its ranks, then one exchange of [checksum of the inputs | prediction].
+        """Both branches, each on its ranks, then the exchange of predictions and of a checksum of the inputs.
 
         Args:
             forward: the denoiser's own forward; the first item of what it returns is the prediction.
@@ -143,7 +149,7 @@ class Executor:
             time: of the step, for what is extrapolated from it and to it.
             extrapolate: old boundaries are read as the straight line through the last two at ``time``.
         """
-        self._finish_transfers()
+        self._drop_due()
         self.graphs.look()
         if self.stages == 2:
             predictions = self._whole(forward, branches, time)
@@ -153,9 +159,12 @@ class Executor:
         if len(self.ranks) > 1:
             pred_u, pred_c = predictions
             exchange = Exchange(pred_u, pred_c, torch.zeros((), dtype=torch.bool, device=pred_c.device))
+        elif self.stages == 2:
+            exchange = self._exchange(inputs, predictions[0])
         else:
-            exchange = self._exchange(inputs, predictions[0] if predictions else self._empty_prediction())
-        self._prediction = exchange.pred_c
+            pred_u, pred_c = (self._share(predictions, rank) for rank in (self.stages // 2 - 1, self.stages - 1))
+            exchange = Exchange(pred_u, pred_c, self.drifted())
+            self._sums = self.comm.gather(checksum(inputs))
         return exchange
 
     def pipelined(
@@ -175,7 +184,7 @@ class Executor:
         Returns:
             The prediction on every rank, [B, C, H, W].
         """
-        assert self._prediction is not None, "no FULL step came before"
+        assert self._full_steps, "no FULL step came before"
         self.graphs.look()
         half, last = self.stages // 2, self.stages - 1
         ranks = tuple(stage // 2 + stage % 2 * half for stage in range(self.stages))
@@ -183,23 +192,27 @@ class Executor:
         stages = range(self.stages) if hand_over else range(last, self.stages)
         left, made = self._run(route, branches, time, stages, extrapolate=extrapolate)
         self._learn_due()
-        if last in self.ranks:
-            (pred,) = left[last].boundary
-            for rank in range(self.stages):
-                if rank not in self.ranks:
-                    self._send((pred,), rank)
-        else:
-            pred = self.comm.receive(torch.empty_like(self._prediction), last)
+        pred = self._share(left[last].boundary if last in self.ranks else (), last)
         if hand_over:
             self._hand_over(route, made, time)
         return pred
 
+    def drifted(self) -> torch.Tensor:
+        """Whether the ranks' inputs differed on the last FULL step (0-d bool), if its exchange could not tell."""
+        if self._sums is None:
+            return torch.zeros((), dtype=torch.bool, device=self._device)
+        sums, self._sums = torch.cat(self._sums.wait()), None
+        return (sums != sums[0]).any()
+
     def drain(self) -> None:
         """Complete what is in flight and forget the run; what was captured stays for the next."""
-        self._finish_transfers()
+        self._drop_due()
+        for transfer in self._outgoing:
+            transfer.wait()
+        self._outgoing.clear()
         if self._capture is not None:
             self._capture.remove()
-        self._capture = self._partition = self._prediction = self._captured = None
+        self._capture = self._partition = self._captured = self._sums = None
         self._full_steps = 0
         self._known.clear()
 
@@ -250,23 +263,16 @@ class Executor:
         return predictions
 
     def _exchange(self, inputs: Inputs, pred: torch.Tensor) -> Exchange:
-        """Everybody's checksum, and the predictions of the two ranks that have them."""
+        """By one exchange of [checksum of the inputs | prediction]."""
         header = torch.zeros(2, dtype=torch.int64, device=pred.device)  # 16 bytes: the prediction stays aligned
         header[:1] = checksum(inputs)
         payload = torch.cat([header.view(torch.uint8), pred.view(-1).view(torch.uint8)])
         gathered = self.comm.all_gather(payload)
         sums = torch.cat([part[:8].view(torch.int64) for part in gathered])
-        ends = (gathered[self.stages // 2 - 1], gathered[-1])
-        pred_u, pred_c = (part[16:].view(pred.dtype).view(pred.shape) for part in ends)
+        pred_u, pred_c = (part[16:].view(pred.dtype).view(pred.shape) for part in gathered)
         if self.sequence is not None:  # if some ranks stopped and others went on, these would wait for ever
             sums = torch.cat(self.sequence.all_gather(sums))
         return Exchange(pred_u, pred_c, (sums != sums[0]).any())
-
-    def _empty_prediction(self) -> torch.Tensor:
-        """What a rank that has no prediction gives to an exchange in which all give the same."""
-        assert self._partition is not None
-        shape, dtype = self._partition.prediction
-        return torch.zeros(shape, dtype=dtype, device=self._device)
 
     # An evaluation.
 
@@ -375,6 +381,22 @@ class Executor:
             elif home in self.ranks:
                 self._due = _Due(index, maker, time)
 
+    def _share(self, pred: Sequence[torch.Tensor], source: int) -> torch.Tensor:
+        """The prediction that ``source`` has, on every rank.
+
+        Args:
+            pred: on ``source`` that prediction alone.
+        """
+        assert self._partition is not None
+        if source in self.ranks:
+            (own,) = pred
+            for rank in range(self.stages):
+                if rank not in self.ranks:
+                    self._send((own,), rank)
+            return own
+        shape, dtype = self._partition.prediction
+        return self.comm.receive(torch.empty(shape, dtype=dtype, device=self._device), source)
+
     def _read(self, stream: str, index: int, time: float, extrapolate: bool) -> Boundary:
         """What a segment reads at ``time``, of boundaries that are at home here."""
         self._learn_due()
@@ -414,10 +436,7 @@ class Executor:
         parts = self.comm.receive(buffer, rank).split([shape.numel() for shape, _ in tensors])
         return tuple(part.view(shape) for part, (shape, _) in zip(parts, tensors, strict=True))
 
-    def _finish_transfers(self) -> None:
+    def _drop_due(self) -> None:
         if self._due is not None:  # the run took another turn than was foreseen: the peer has sent it
             self._receive(self._due.reader, self._due.maker)
             self._due = None
-        for transfer in self._outgoing:
-            transfer.wait()
-        self._outgoing.clear()

@@ -264,11 +264,7 @@ class _Session:
                 arrival.synchronize()
             discrepancy, drifted, *errors = values.tolist()
             if drifted:
-                raise RuntimeError(
-                    f"hybrid-cond: at step {step} the ranks' latents or prompts are no longer the same. They drifted "
-                    "apart since the last FULL step: give every rank the same generator seed, scheduler, dtype and "
-                    "callbacks."
-                )
+                raise _drifted(step)
             trials = list(map(Trial, distances, errors[::2], errors[1::2]))
             run.discrepancy.append((step, discrepancy))
             run.trials.append((step, trials))
@@ -344,6 +340,8 @@ class _Session:
 
     def _end(self, run: _Run) -> None:
         self._read(run, keep=0)
+        if self.executor.drifted():
+            raise _drifted(run.num_steps - 1)
         self.executor.drain()
         plan = Plan(run.kinds)
         degree = self.sequence.comm.size if self.sequence else 1
@@ -412,6 +410,13 @@ def _branches(inputs: Inputs) -> dict[Branch, Inputs]:
         )
 
     return {"uncond": half(0), "cond": half(1)}
+
+
+def _drifted(step: int) -> RuntimeError:
+    return RuntimeError(
+        f"hybrid-cond: at step {step} the ranks' latents or prompts are no longer the same. They drifted apart since "
+        "the last FULL step or the one before: give every rank the same generator seed, scheduler, dtype and callbacks."
+    )
 
 
 def _settings(component: Any) -> list[str]:
