@@ -45,7 +45,7 @@ def both_branches(pipe: Any, warm_up: int) -> Iterator[None]:
                 executor.prepare(branch)
                 executor.graphs.begin(next(denoiser.parameters()).device)
             if step < warm_up:
-                predictions.append(executor.full(original, both, branch, float(step)).pred_c)
+                predictions.append(executor.full(original, both, branch, float(step), extrapolate=False).pred_c)
             else:
                 predictions.append(executor.pipelined(both, "cond", float(step), hand_over=True, extrapolate=False))
         step += 1

@@ -1,10 +1,10 @@
 """Condition-hybrid parallel denoising: classifier-free-guided diffusion on several GPUs.
 
 Vocabulary: a *branch* (uncond, cond) is one of the two denoiser evaluations of a *step*. A FULL step evaluates both,
-one per rank; a PIPELINED step evaluates the network once, its layers split over the ranks in *stages*, and the guidance
-is estimated; a SKIPPED step evaluates nothing, and both predictions are estimated. What the branches and the estimates
-are measured to miss decides when. Method: arXiv 2602.21760; SKIPPED steps, the estimates and the adaptive policy are
-ours.
+on half of the ranks each; a PIPELINED step evaluates the network once, its layers split over the ranks in *stages*, and
+the guidance is estimated; a SKIPPED step evaluates nothing, and both predictions are estimated. What the branches and
+the estimates are measured to miss decides when. Method: arXiv 2602.21760; SKIPPED steps, the estimates and the adaptive
+policy are ours.
 
 Reading order: discrepancy, sampler, plan, guidance, adaptive, policies, partition, comm, executor, sequence, hybrid;
 denoisers, checkpoints, planner for what a layout of GPUs would bring; then xdit/ for the strategy in xDiT.

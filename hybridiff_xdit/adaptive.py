@@ -51,7 +51,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .discrepancy import Trial, check_finite
-from .plan import FULL, PIPELINED, SKIPPED, StepKind
+from .plan import FULL, PIPELINED, SKIPPED, StepKind, synchronous_steps
 from .sampler import Sampler
 
 LONGEST_GROUP = 8  # steps: a law measured over two gaps is not trusted further
@@ -97,9 +97,12 @@ class AdaptivePolicy:
         tolerance: tau, the error allowed over the run, in the discrepancy's norm.
         speedup: target of the bound of the speed-up, in place of the tolerance.
         kinds: letters of the kinds that the policy may use.
+        stages: of a PIPELINED step. What a step saves, it saves of a FULL step's time, whatever that is; the target's
+            is over one GPU.
 
     Raises:
-        ValueError: the target is not between 2 (all FULL) and what the run's length and the kinds allow.
+        ValueError: the target is not between all FULL (2 with two stages) and what the run's length and the kinds
+            allow.
     """
 
     reads_trials = True
@@ -112,6 +115,7 @@ class AdaptivePolicy:
         tolerance: float | None = None,
         speedup: float | None = None,
         kinds: str = "FPS",
+        stages: int = 2,
     ) -> None:
         self.sampler: Sampler | None = sampler
         self.num_steps = len(sampler.times)
@@ -120,14 +124,18 @@ class AdaptivePolicy:
         self._saves = {kind: saving for kind, saving in SAVES.items() if kind.value in kinds}
         self.may_pipeline = PIPELINED in self._saves
         if speedup is not None:
-            self.saving_left = self.num_steps - 2 * self.num_steps / speedup
+            # In FULL steps: a synchronous one (`Plan.speedup_bound`) counts as stages / 2 of them.
+            full = self.num_steps + (stages / 2 - 1) * synchronous_steps(stages, self.num_steps)
+            one_gpu = self.num_steps * stages
+            self.saving_left = full - one_gpu / speedup
             groups, rest = divmod(max(self.num_steps - 6, 0), LONGEST_GROUP)
             most = (groups * (LONGEST_GROUP - 1) + max(rest - 1, 0)) * max(self._saves.values(), default=0.0)
             if not 0 <= self.saving_left <= most:
-                best = 2 * self.num_steps / (self.num_steps - most)
+                least, best = one_gpu / full, one_gpu / (full - most)
+                mend = "Lower it, or raise --num_inference_steps" if self.saving_left > most else "Raise it"
                 raise ValueError(
-                    f"speedup={speedup} (--hybrid_speedup): {self.num_steps} steps allow 2 to {best:.2f}. Lower it, or "
-                    "raise --num_inference_steps."
+                    f"speedup={speedup} (--hybrid_speedup): {self.num_steps} steps allow {least:.3g} to {best:.2f}. "
+                    f"{mend}."
                 )
         self._laws: dict[int, dict[StepKind, _Law]] = {}  # by FULL step: running means
         self._measured: dict[int, dict[StepKind, _Law]] = {}  # as measured there

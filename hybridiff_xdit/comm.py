@@ -1,8 +1,8 @@
 """The few exchanges between the ranks, on a given process group.
 
-Both predictions of a FULL step travel by a collective, the rest point to point. On NCCL these are two communicators, so
-neither waits for the other. Every rank issues all its operations in one common order, so that a group whose
-communicator serves both (one that was initialised with ``device_id``) is slower, but does not hang.
+With two stages, both predictions of a FULL step travel by a collective, the rest point to point. On NCCL these are two
+communicators, so neither waits for the other. Every rank issues all its operations in one common order, so that a
+group whose communicator serves both (one that was initialised with ``device_id``) is slower, but does not hang.
 """
 
 from __future__ import annotations
@@ -30,6 +30,19 @@ class Transfer:
             self._work.wait()
 
 
+class Gathering:
+    """An asynchronous gathering of a tensor from every rank."""
+
+    def __init__(self, comm: Comm, tensor: torch.Tensor, gathered: list[torch.Tensor], work: Any) -> None:
+        self._comm, self._tensor, self._gathered, self._work = comm, tensor, gathered, work
+
+    def wait(self) -> list[torch.Tensor]:
+        """Every rank's tensor, in order of rank. As `Transfer.wait`, it blocks the device's stream (with NCCL)."""
+        with self._comm.guard():
+            self._work.wait()
+        return self._gathered
+
+
 class Comm:
     """A process group of this strategy, and the bytes that this rank has sent on it.
 
@@ -46,13 +59,17 @@ class Comm:
         self.size = dist.get_world_size(group)
         self.bytes_sent = 0
 
-    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Every rank's tensor (same shape and dtype on all), in order of rank."""
+    def gather(self, tensor: torch.Tensor) -> Gathering:
+        """Start to gather every rank's tensor (same shape and dtype on all); it must not change meanwhile."""
         gathered = [torch.empty_like(tensor) for _ in range(self.size)]
         self.bytes_sent += tensor.nbytes * (self.size - 1)
         with self.guard():
-            dist.all_gather(gathered, tensor, group=self.group)
-        return gathered
+            work = dist.all_gather(gathered, tensor, group=self.group, async_op=True)
+        return Gathering(self, tensor, gathered, work)
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's tensor (same shape and dtype on all), in order of rank."""
+        return self.gather(tensor).wait()
 
     def send(self, tensor: torch.Tensor, dst: int) -> Transfer:
         """Start to send; the tensor must not change until the transfer is waited for."""

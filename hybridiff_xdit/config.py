@@ -24,7 +24,8 @@ class HybridConfig:
             ``adaptive``.
         tolerance: for ``adaptive``: the guidance error allowed over the run, in the discrepancy's norm
             (`adaptive`). Default 0.005.
-        speedup: for ``adaptive``, in place of the tolerance: the bound of the speed-up to reach, 2 or more.
+        speedup: for ``adaptive``, in place of the tolerance: the bound of the speed-up over one GPU to reach, from that
+            of all FULL steps (2 with two stages).
         kinds: for ``adaptive``: letters of the kinds of step that it may use: ``FPS``, ``FP`` or ``FS``. Default
             ``FPS``.
         guidance: what stands for the guidance where it is not evaluated: ``mixed`` (the published code), ``none``,
@@ -36,7 +37,8 @@ class HybridConfig:
         slope_threshold: g, discrepancy per step.
         tau_cap: the latest step at which the window starts.
         plan: for ``fixed``: a letter F, P or S a step, or ``START-END/GAP`` (`Plan.parse`).
-        stages: stages of a PIPELINED step. Only 2 so far.
+        stages: stages of a PIPELINED step, an even number, and with it the ranks of a picture: half of them evaluate a
+            branch on FULL steps.
         balance: what makes the stages' shares alike: ``time``, measured on a GPU on the first run of a size (elsewhere,
             and where a branch's tokens are split, it is ``flops``), or ``flops``, which gives the same stages, and so
             the same pictures, on any device. Default: ``time``.
@@ -58,7 +60,7 @@ class HybridConfig:
     slope_threshold: float | None = None
     tau_cap: int | None = None
     plan: str | None = None
-    stages: int | None = None
+    stages: int = 2
     balance: str | None = None
     cuda_graphs: bool | None = None
     report: str | os.PathLike[str] | None = None
@@ -73,6 +75,8 @@ class HybridConfig:
             self._refuse("balance", "give time or flops")
         if self.cuda_graphs not in (None, True, False):
             self._refuse("cuda_graphs", "give True (on the command line: on) or False (off)")
+        if type(self.stages) is not int or self.stages < 2 or self.stages % 2:
+            self._refuse("stages", "give an even number, 2 or more: half of the ranks are a branch's")
         self._check_adaptive()
         for name in ("interval", "slope_window", "tau_cap"):
             value = getattr(self, name)
@@ -93,8 +97,6 @@ class HybridConfig:
             plan = Plan.parse(self.plan, int(end) if end.isdigit() else None)
             if SKIPPED in plan and not RULES[str(self.guidance)].estimates:
                 self._refuse("guidance", "it cannot do without an evaluation (S in the plan): use deferred or reuse")
-        if self.stages not in (None, 2):
-            self._refuse("stages", "only 2 is offered so far: drop the flag")
 
     def _check_adaptive(self) -> None:
         for name in ("tolerance", "speedup", "kinds"):
@@ -110,8 +112,9 @@ class HybridConfig:
             self._refuse("speedup", "give it or --hybrid_tolerance, not both")
         if self.tolerance is not None and not 0 < self.tolerance < float("inf"):
             self._refuse("tolerance", f"give a positive number, such as {TOLERANCE}")
-        if self.speedup is not None and not 2 <= self.speedup < 10:
-            self._refuse("speedup", "give a number from 2 (every step FULL) to less than 10, such as 2.5")
+        most = 5 * self.stages
+        if self.speedup is not None and not 2 <= self.speedup < most:
+            self._refuse("speedup", f"give a number from 2 (every step FULL) to less than {most}, such as 2.5")
         if self.tolerance is None and self.speedup is None:
             object.__setattr__(self, "tolerance", TOLERANCE)
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 
-from .comm import Comm, Transfer, checksum
+from .comm import Comm, Gathering, Transfer, checksum
 from .graphs import Graphs, can_capture, seconds_between
 from .partition import Activation, Anatomy, Boundary, Inputs, Partition, Segment, tensors_of
+from .plan import SYNCHRONOUS_STEPS
 
 Branch = Literal["uncond", "cond"]
 
 
 class Exchange(NamedTuple):
-    """What a FULL step brings every rank: both predictions [B, ...], and if the ranks' inputs differ (0-d bool)."""
+    """What a FULL step brings every rank: both predictions [B, ...], and if the ranks' inputs differ (0-d bool).
+
+    With more than two stages, the last is known of the FULL step before only: see `Executor.drifted`.
+    """
 
     pred_u: torch.Tensor
     pred_c: torch.Tensor
@@ -25,103 +30,146 @@ class Exchange(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """A boundary of stage 1 and the time of the step it belongs to."""
+    """A boundary and the time of the step it belongs to."""
 
     time: float
     boundary: Boundary
 
 
 class _Due(NamedTuple):
-    """A boundary handed over and not yet taken, or None if it is to be received; from which segment, at which time."""
+    """A boundary that another rank has sent, and that is not yet received: who reads it, made by whom and when."""
 
-    source: Segment
+    reader: int  # index of the segment
+    maker: int
     time: float
-    boundary: Boundary | None
+
+
+class _Route(NamedTuple):
+    """Who evaluates what in one evaluation of the network.
+
+    Attributes:
+        stream: the boundaries that are read where they are old: those of a branch's FULL steps, or ``pipelined``, those
+            of cond's FULL steps and of PIPELINED steps.
+        first: rank that has the first two stages of those FULL steps.
+        ranks: by stage.
+        branches: by stage, whose embeddings it has.
+    """
+
+    stream: str
+    first: int
+    ranks: tuple[int, ...]
+    branches: tuple[Branch, ...]
+
+    def home(self, stage: int) -> int:
+        """The rank that keeps the boundaries which ``stage`` reads where they are old.
+
+        The one that made them on a FULL step: it has them whatever step comes next. On a PIPELINED step it is the
+        reader itself for every other stage (and with two stages, so that nothing is sent after a FULL step).
+        """
+        return self.first + (stage - 1) // 2
 
 
 class Executor:
-    """Evaluates steps on a group of two ranks, or on one process that plays both in turn.
+    """Evaluates steps on a group of ranks, half of them a branch's, or on one process that plays all in turn.
+
+    Who has which stage, with S = 2R stages on ranks 0 to R-1 (uncond) and R to 2R-1 (cond):
+
+    * FULL: the r-th rank of a branch has stages 2r and 2r + 1, so both branches are evaluated at once, each through R
+      ranks. With R = 1 that is the denoiser's own forward.
+    * PIPELINED: the r-th rank of uncond has stage 2r, the r-th of cond stage 2r + 1. So a cond rank has seen, on the
+      FULL step before, what the stage reads, or makes it itself: see `_Route.home`.
+
+    FULL steps read boundaries of FULL steps only, for both branches have those, and of one age: what is old in both
+    predictions cancels in their difference, which the guidance multiplies.
+
+    Transfers cannot wait for each other in a circle, even if a send takes until it is received: on every rank a step's
+    old boundaries leave first, then each rank takes the old one that it reads before it sends anything to a rank before
+    it in the network, and last come the predictions, uncond's first. So the ranks' transfers follow one order, from the
+    last stage to the first.
+
+    The stages of a U-Net lag behind one another (`partition`), so where a branch has several ranks no step may end in
+    an exchange that waits for all: predictions are sent to each rank, which takes them when it has done its part.
 
     Args:
         anatomy: the denoiser read as units.
-        comm: the group; rank 0 is uncond, rank 1 is cond. A group of one plays both.
+        comm: the group, uncond's ranks first. A group of one plays all.
         graphs: how the denoiser's pieces are called.
         sequence: the group of this rank's branch, where its tokens are split.
+        stages: of a PIPELINED step, 2 or a larger even number; as many as the group has ranks.
     """
 
-    def __init__(self, anatomy: Anatomy, comm: Comm, graphs: Graphs, sequence: Comm | None = None) -> None:
+    def __init__(
+        self, anatomy: Anatomy, comm: Comm, graphs: Graphs, sequence: Comm | None = None, stages: int = 2
+    ) -> None:
         self.anatomy = anatomy
         self.comm = comm
         self.graphs = graphs
         self.sequence = sequence
-        self.ranks = (comm.rank,) if comm.size == 2 else (0, 1)
+        self.stages = stages
+        self.ranks = (comm.rank,) if comm.size > 1 else tuple(range(stages))
         self._partition: Partition | None = None
-        self._prediction: torch.Tensor | None = None  # of the last FULL step: shape and dtype of the next
+        self._device = torch.device("cpu")
         self._captured: Boundary | None = None  # by the hook, in the last forward
-        self._known: list[_Known] = []  # the last two boundaries of stage 1, on its rank
+        self._full_steps = 0
+        # The last two boundaries that are at home on this rank, by stream and by index of the segment that reads them.
+        self._known: defaultdict[tuple[str, int], list[_Known]] = defaultdict(list)
         self._due: _Due | None = None
+        self._sums: Gathering | None = None  # of the last FULL step's inputs, where they are not waited for
         self._outgoing: list[Transfer] = []
         self._capture: Any = None
 
     def prepare(self, inputs: Inputs, is_timed: bool = False) -> None:
-        """Choose the partition for one branch's inputs and watch its cut, so that a FULL step leaves its boundary.
+        """Choose the partition for one branch's inputs.
+
+        With two stages also watch its cut, so that a FULL step, by the denoiser's own forward, leaves its boundary.
 
         Args:
             is_timed: whether it is balanced by time, where that can be measured. The same on all ranks.
         """
-        self._partition = self.anatomy.partition(inputs, self._seconds(inputs) if is_timed else None)
-        if self._partition.output_rank in self.ranks:
+        self._device = next(tensors_of(inputs)).device
+        self._partition = self.anatomy.partition(inputs, self.stages, self._seconds(inputs) if is_timed else None)
+        if self.stages == 2 and 1 in self.ranks:
             unit = self.anatomy.units[self._partition.cut]
             self._capture = unit.module.register_forward_hook(
                 lambda module, args, output: setattr(self, "_captured", unit.boundary(output))
             )
 
     def full(
-        self, forward: Callable[..., Any], branches: dict[Branch, Inputs], inputs: Inputs, time: float
+        self,
+        forward: Callable[..., Any],
+        branches: dict[Branch, Inputs],
+        inputs: Inputs,
+        time: float,
+        *,
+        extrapolate: bool,
     ) -> Exchange:
-        """Both branches, one per rank, then one exchange of [checksum of the inputs | prediction].
+        """Both branches, each on its ranks, then the exchange of predictions and of a checksum of the inputs.
 
         Args:
             forward: the denoiser's own forward; the first item of what it returns is the prediction.
             branches: the forward's arguments of each branch, batch B.
             inputs: the arguments of both together, batch 2B, which every rank holds: ranks that drifted apart are
                 found by their checksum.
-            time: of the step, for what is extrapolated from it.
+            time: of the step, for what is extrapolated from it and to it.
+            extrapolate: old boundaries are read as the straight line through the last two at ``time``.
         """
-
-        def evaluate(inputs: Inputs) -> tuple[torch.Tensor, Boundary | None]:
-            pred = forward(**inputs)[0].contiguous()
-            boundary, self._captured = self._captured, None
-            return pred, boundary
-
-        name = f"forward, boundary of {None if self._partition is None else self._partition.cut}"
-        self._finish_transfers()
+        self._drop_due()
         self.graphs.look()
-        if len(self.ranks) > 1:
-            pred_u, _ = self.graphs(name, evaluate, branches["uncond"])
-            pred_c, boundary = self.graphs(name, evaluate, branches["cond"])
-            pred, drifted = pred_c, torch.zeros((), dtype=torch.bool, device=pred_c.device)
+        if self.stages == 2:
+            predictions = self._whole(forward, branches, time)
         else:
-            mine: Branch = "uncond" if self.comm.rank == 0 else "cond"
-            pred, boundary = self.graphs(name, evaluate, branches[mine])
-            header = torch.zeros(2, dtype=torch.int64, device=pred.device)  # 16 bytes: the prediction stays aligned
-            header[:1] = checksum(inputs)
-            payload = torch.cat([header.view(torch.uint8), pred.view(-1).view(torch.uint8)])
-            gathered = self.comm.all_gather(payload)
-            sums = torch.cat([part[:8].view(torch.int64) for part in gathered])
-            pred_u, pred_c = (part[16:].view(pred.dtype).view(pred.shape) for part in gathered)
-            if self.sequence is not None:  # if some ranks stopped and others went on, these would wait for ever
-                sums = torch.cat(self.sequence.all_gather(sums))
-            drifted = (sums != sums[0]).any()
-        if self._capture is not None and boundary is None:
-            raise RuntimeError(
-                "hybrid-cond: the denoiser's forward did not call the block that ends a stage as a module. Compile the "
-                "blocks' forwards (block.forward = torch.compile(block.forward)) instead of the whole denoiser."
-            )
-        if boundary is not None:
-            self._learn(_Known(time, boundary))
-        self._prediction = pred
-        return Exchange(pred_u, pred_c, drifted)
+            predictions = self._in_stages(branches, time, extrapolate)
+        self._full_steps += 1
+        if len(self.ranks) > 1:
+            pred_u, pred_c = predictions
+            exchange = Exchange(pred_u, pred_c, torch.zeros((), dtype=torch.bool, device=pred_c.device))
+        elif self.stages == 2:
+            exchange = self._exchange(inputs, predictions[0])
+        else:
+            pred_u, pred_c = (self._share(predictions, rank) for rank in (self.stages // 2 - 1, self.stages - 1))
+            exchange = Exchange(pred_u, pred_c, self.drifted())
+            self._sums = self.comm.gather(checksum(inputs))
+        return exchange
 
     def pipelined(
         self, branches: dict[Branch, Inputs], stage0_branch: Branch, time: float, *, hand_over: bool, extrapolate: bool
@@ -130,81 +178,183 @@ class Executor:
 
         Args:
             branches: the denoiser's arguments of each branch, batch B.
-            stage0_branch: the branch whose embeddings stage 0 has; stage 1 has cond's.
+            stage0_branch: the branch whose embeddings uncond's ranks have (with two stages, stage 0); cond's have
+                cond's.
             time: of the step.
-            hand_over: whether the next step is PIPELINED too. If not, nobody will read this step's stage 0, and it is
-                not evaluated.
-            extrapolate: stage 1 reads the straight line through its last two boundaries at ``time``, not the last one.
+            hand_over: whether the next step is PIPELINED too. If not, nobody will read what the stages before the last
+                make, and they are not evaluated.
+            extrapolate: old boundaries are read as the straight line through the last two at ``time``.
 
         Returns:
             The prediction on every rank, [B, C, H, W].
         """
-        assert self._partition is not None and self._prediction is not None, "no FULL step came before"
-        partition = self._partition
-        stage1 = partition.output_rank
+        assert self._full_steps, "no FULL step came before"
         self.graphs.look()
-        left: dict[int, Activation] = {}  # by each rank of this process, after its segments so far
-        for index, segment in enumerate(partition.segments):
-            if not hand_over and segment.rank != stage1:
-                continue
-            rank = segment.rank
-            if rank in self.ranks:
-                boundary = None
-                if index > 0:
-                    boundary = self._read(time, extrapolate) if segment.age else self._take().boundary
-                branch = branches["cond" if rank == stage1 else stage0_branch]
-                name = f"units {segment.start} to {segment.stop}"
-                left[rank] = self.graphs(name, partial(self._evaluate, segment), branch, left.pop(rank, None), boundary)
-            if hand_over and index + 1 < len(partition.segments) and not partition.segments[index + 1].age:
-                self._hand_over(segment, partition.segments[index + 1], left, time)
-        if stage1 in self.ranks:
-            (pred,) = left[stage1].boundary
-            if len(self.ranks) == 1:
-                self._send(pred, 1 - stage1)
-        else:
-            pred = self.comm.receive(torch.empty_like(self._prediction), stage1)
+        half, last = self.stages // 2, self.stages - 1
+        ranks = tuple(stage // 2 + stage % 2 * half for stage in range(self.stages))
+        route = _Route("pipelined", half, ranks, (stage0_branch, "cond") * half)
+        stages = range(self.stages) if hand_over else range(last, self.stages)
+        left, made = self._run(route, branches, time, stages, extrapolate=extrapolate)
+        self._learn_due()
+        pred = self._share(left[last].boundary if last in self.ranks else (), last)
         if hand_over:
-            *_, source, target = partition.segments
-            self._hand_over(source, target, left, time)
+            self._hand_over(route, made, time)
         return pred
+
+    def drifted(self) -> torch.Tensor:
+        """Whether the ranks' inputs differed on the last FULL step (0-d bool), if its exchange could not tell."""
+        if self._sums is None:
+            return torch.zeros((), dtype=torch.bool, device=self._device)
+        sums, self._sums = torch.cat(self._sums.wait()), None
+        return (sums != sums[0]).any()
 
     def drain(self) -> None:
         """Complete what is in flight and forget the run; what was captured stays for the next."""
-        self._finish_transfers()
+        self._drop_due()
+        for transfer in self._outgoing:
+            transfer.wait()
+        self._outgoing.clear()
         if self._capture is not None:
             self._capture.remove()
-        self._capture = self._partition = self._prediction = self._captured = None
+        self._capture = self._partition = self._captured = self._sums = None
+        self._full_steps = 0
         self._known.clear()
 
     def _seconds(self, inputs: Inputs) -> tuple[float, ...] | None:
         """What each unit takes, the mean over the ranks; None where one of them could not measure it."""
-        device = next(tensors_of(inputs)).device
-        if not can_capture(device):
+        if not can_capture(self._device):
             return None
         mine = self.anatomy.seconds(inputs, seconds_between) or (math.nan,) * len(self.anatomy.units)
         # Exchanged on every run, whatever a rank remembers: one that has measured must not wait for one that has not.
-        gathered = torch.stack(self.comm.all_gather(torch.tensor(mine, dtype=torch.float64, device=device)))
+        gathered = torch.stack(self.comm.all_gather(torch.tensor(mine, dtype=torch.float64, device=self._device)))
         mean = tuple(gathered.mean(dim=0).tolist())
         return None if math.isnan(mean[0]) else mean
 
-    def _learn(self, new: _Known) -> None:
-        """Keep a boundary of stage 1; solvers that evaluate twice at one time replace the first of the two."""
-        self._known = [*(known for known in self._known if known.time != new.time), new][-2:]
+    # A FULL step.
 
-    def _learn_due(self) -> None:
-        """Keep the boundary of stage 1 that is due, if one is."""
-        if self._due is not None:
-            self._learn(self._take())
+    def _whole(self, forward: Callable[..., Any], branches: dict[Branch, Inputs], time: float) -> list[torch.Tensor]:
+        """The predictions of this process's branches, by the denoiser's own forward."""
 
-    def _read(self, time: float, extrapolate: bool) -> Boundary:
-        """What stage 1 reads at ``time``."""
-        self._learn_due()
-        last = self._known[-1]
-        if not extrapolate or len(self._known) < 2:
-            return last.boundary
-        before = self._known[0]
-        reach = (time - last.time) / (last.time - before.time)
-        return tuple(torch.lerp(b, a, 1 + reach) for b, a in zip(before.boundary, last.boundary, strict=True))
+        def evaluate(inputs: Inputs) -> tuple[torch.Tensor, Boundary | None]:
+            pred = forward(**inputs)[0].contiguous()
+            boundary, self._captured = self._captured, None
+            return pred, boundary
+
+        name = f"forward, boundary of {None if self._partition is None else self._partition.cut}"
+        predictions = []
+        for rank in self.ranks:
+            pred, boundary = self.graphs(name, evaluate, branches["cond" if rank else "uncond"])
+            predictions.append(pred)
+        if self._capture is not None and boundary is None:
+            raise RuntimeError(
+                "hybrid-cond: the denoiser's forward did not call the block that ends a stage as a module. Compile the "
+                "blocks' forwards (block.forward = torch.compile(block.forward)) instead of the whole denoiser."
+            )
+        if self._partition is not None and boundary is not None:  # of cond, which comes last
+            self._learn("pipelined", len(self._partition.segments) - 1, _Known(time, boundary))
+        return predictions
+
+    def _in_stages(self, branches: dict[Branch, Inputs], time: float, extrapolate: bool) -> list[torch.Tensor]:
+        """The predictions that end on this process's ranks, each branch through its ranks."""
+        assert self._partition is not None
+        half = self.stages // 2
+        predictions: list[torch.Tensor] = []
+        firsts: dict[Branch, int] = {"uncond": 0, "cond": half}
+        for branch, first in firsts.items():
+            ranks = tuple(first + stage // 2 for stage in range(self.stages))
+            route = _Route(branch, first, ranks, (branch,) * self.stages)
+            waits = self._full_steps < SYNCHRONOUS_STEPS
+            left, made = self._run(
+                route, branches, time, range(self.stages), extrapolate=extrapolate, synchronous=waits
+            )
+            for index, boundary in made.items():
+                if self._partition.segments[index].stage % 2 == 0:  # another rank's
+                    self._learn(branch, index, _Known(time, boundary))
+                if branch == "cond":
+                    self._learn("pipelined", index, _Known(time, boundary))
+            if ranks[-1] in self.ranks:
+                predictions += left[ranks[-1]].boundary
+        return predictions
+
+    def _exchange(self, inputs: Inputs, pred: torch.Tensor) -> Exchange:
+        """By one exchange of [checksum of the inputs | prediction]."""
+        header = torch.zeros(2, dtype=torch.int64, device=pred.device)  # 16 bytes: the prediction stays aligned
+        header[:1] = checksum(inputs)
+        payload = torch.cat([header.view(torch.uint8), pred.view(-1).view(torch.uint8)])
+        gathered = self.comm.all_gather(payload)
+        sums = torch.cat([part[:8].view(torch.int64) for part in gathered])
+        pred_u, pred_c = (part[16:].view(pred.dtype).view(pred.shape) for part in gathered)
+        if self.sequence is not None:  # if some ranks stopped and others went on, these would wait for ever
+            sums = torch.cat(self.sequence.all_gather(sums))
+        return Exchange(pred_u, pred_c, (sums != sums[0]).any())
+
+    # An evaluation.
+
+    def _run(
+        self,
+        route: _Route,
+        branches: dict[Branch, Inputs],
+        time: float,
+        stages: range,
+        *,
+        extrapolate: bool,
+        synchronous: bool = False,
+    ) -> tuple[dict[int, Activation], dict[int, Boundary]]:
+        """This process's part of one evaluation of the network.
+
+        Args:
+            stages: those that are evaluated.
+            synchronous: nothing old is read: each stage waits for the one before it.
+
+        Returns:
+            What is left at the end, by rank, and what was made for segments that may read it when it is old, by their
+            index.
+        """
+        assert self._partition is not None
+        segments = self._partition.segments
+        ranks = [route.ranks[segment.stage] for segment in segments]
+        old = {  # the segment that reads an old boundary, by its rank: there is one at most
+            rank: index
+            for index, (segment, rank) in enumerate(zip(segments, ranks, strict=True))
+            if segment.age and rank != ranks[index - 1] and segment.stage in stages and not synchronous
+        }
+        taken: dict[int, Boundary] = {}
+
+        def take(rank: int) -> None:
+            if rank in old and rank not in taken:
+                home = route.home(segments[old[rank]].stage)
+                if home in self.ranks:
+                    taken[rank] = self._read(route.stream, old[rank], time, extrapolate)
+                else:
+                    taken[rank] = self._receive(old[rank], home)
+
+        for rank, index in old.items():
+            home = route.home(segments[index].stage)
+            if home in self.ranks and rank not in self.ranks:
+                self._send(self._read(route.stream, index, time, extrapolate), rank)
+        left: dict[int, Activation] = {}  # by each rank of this process, after its segments so far
+        made: dict[int, Boundary] = {}
+        for index, segment in enumerate(segments):
+            if segment.stage not in stages:
+                continue
+            rank, source = ranks[index], ranks[max(index - 1, 0)]
+            if rank not in self.ranks:
+                if source in self.ranks and old.get(rank) != index:
+                    take(source)
+                    self._send(left[source].boundary, rank)
+                continue
+            boundary = None
+            if old.get(rank) == index:
+                take(rank)
+                boundary = taken[rank]
+            elif source != rank:
+                boundary = left[source].boundary if source in self.ranks else self._receive(index, source)
+            name = f"units {segment.start} to {segment.stop}"
+            inputs = branches[route.branches[segment.stage]]
+            left[rank] = self.graphs(name, partial(self._evaluate, segment), inputs, left.pop(rank, None), boundary)
+            if index + 1 < len(segments) and segments[index + 1].age:
+                made[index + 1] = left[rank].boundary
+        return left, made
 
     def _evaluate(
         self, segment: Segment, inputs: Inputs, before: Activation | None, boundary: Boundary | None
@@ -225,43 +375,82 @@ class Executor:
             return activation
         return Activation((self.anatomy.prediction(activation).contiguous(),), {})
 
-    def _hand_over(self, source: Segment, target: Segment, left: dict[int, Activation], time: float) -> None:
-        """Pass on the boundary between two segments: one flat tensor.
+    # Boundaries.
+
+    def _hand_over(self, route: _Route, made: dict[int, Boundary], time: float) -> None:
+        """Bring home what a PIPELINED step made.
 
         Between two ranks it is sent at once and received where it is read. A receive that is posted earlier holds many
         of the GPU's multiprocessors while it waits (NCCL over NVLink: SD3 lost a quarter of a step so).
         """
-        # What is due from the step before is taken first: it must not be lost, and the two ranks' transfers have one
-        # order (were both to send first, they would wait for each other).
-        self._learn_due()
-        boundary = left[source.rank].boundary if source.rank in self.ranks else None
-        if target.rank in self.ranks:
-            self._due = _Due(source, time, boundary)
-        else:
-            assert boundary is not None
-            self._send(torch.cat([tensor.reshape(-1) for tensor in boundary]), target.rank)
+        assert self._partition is not None
+        for index, segment in enumerate(self._partition.segments):
+            if not segment.age:
+                continue
+            maker, home = route.ranks[segment.stage - 1], route.home(segment.stage)
+            if maker in self.ranks and home in self.ranks:
+                self._learn(route.stream, index, _Known(time, made[index]))
+            elif maker in self.ranks:
+                self._send(made[index], home)
+            elif home in self.ranks:
+                self._due = _Due(index, maker, time)
 
-    def _send(self, tensor: torch.Tensor, rank: int) -> None:
-        """Start to send; nothing here waits for it but the memory it needs."""
-        self._outgoing.append(self.comm.send(tensor, rank))
-        if len(self._outgoing) > 2:  # in flight: a prediction and a boundary
+    def _share(self, pred: Sequence[torch.Tensor], source: int) -> torch.Tensor:
+        """The prediction that ``source`` has, on every rank.
+
+        Args:
+            pred: on ``source`` that prediction alone.
+        """
+        assert self._partition is not None
+        if source in self.ranks:
+            (own,) = pred
+            for rank in range(self.stages):
+                if rank not in self.ranks:
+                    self._send((own,), rank)
+            return own
+        shape, dtype = self._partition.prediction
+        return self.comm.receive(torch.empty(shape, dtype=dtype, device=self._device), source)
+
+    def _read(self, stream: str, index: int, time: float, extrapolate: bool) -> Boundary:
+        """What a segment reads at ``time``, of boundaries that are at home here."""
+        self._learn_due()
+        known = self._known[stream, index]
+        last = known[-1]
+        if not extrapolate or len(known) < 2:
+            return last.boundary
+        before = known[0]
+        reach = (time - last.time) / (last.time - before.time)
+        return tuple(torch.lerp(b, a, 1 + reach) for b, a in zip(before.boundary, last.boundary, strict=True))
+
+    def _learn(self, stream: str, index: int, new: _Known) -> None:
+        """Keep a boundary; solvers that evaluate twice at one time replace the first of the two."""
+        known = self._known[stream, index]
+        self._known[stream, index] = [*(before for before in known if before.time != new.time), new][-2:]
+
+    def _learn_due(self) -> None:
+        """Keep the boundary that is due, if one is, once it has arrived."""
+        if self._due is not None:
+            reader, maker, time = self._due
+            self._due = None
+            self._learn("pipelined", reader, _Known(time, self._receive(reader, maker)))
+
+    def _send(self, boundary: Boundary, rank: int) -> None:
+        """Start to send, as one flat tensor; nothing here waits for it but the memory it needs."""
+        flat = boundary[0] if len(boundary) == 1 else torch.cat([tensor.reshape(-1) for tensor in boundary])
+        self._outgoing.append(self.comm.send(flat.contiguous(), rank))
+        if len(self._outgoing) > self.stages:  # in flight: a step's predictions and a boundary
             self._outgoing.pop(0).wait()
 
-    def _take(self) -> _Known:
-        """The boundary that is due, once it has arrived."""
-        assert self._due is not None and self._partition is not None and self._prediction is not None
-        (source, time, boundary), self._due = self._due, None
-        if boundary is None:
-            tensors = self._partition.shapes[source.stop - 1]
-            count, dtype = sum(shape.numel() for shape, _ in tensors), tensors[0][1]
-            buffer = torch.empty(count, dtype=dtype, device=self._prediction.device)
-            parts = self.comm.receive(buffer, source.rank).split([shape.numel() for shape, _ in tensors])
-            boundary = tuple(part.view(shape) for part, (shape, _) in zip(parts, tensors, strict=True))
-        return _Known(time, boundary)
+    def _receive(self, index: int, rank: int) -> Boundary:
+        """What a segment reads, from another rank."""
+        assert self._partition is not None
+        tensors = self._partition.shapes[self._partition.segments[index].start - 1]
+        count, dtype = sum(shape.numel() for shape, _ in tensors), tensors[0][1]
+        buffer = torch.empty(count, dtype=dtype, device=self._device)
+        parts = self.comm.receive(buffer, rank).split([shape.numel() for shape, _ in tensors])
+        return tuple(part.view(shape) for part, (shape, _) in zip(parts, tensors, strict=True))
 
-    def _finish_transfers(self) -> None:
+    def _drop_due(self) -> None:
         if self._due is not None:  # the run took another turn than was foreseen: the peer has sent it
-            self._take()
-        for transfer in self._outgoing:
-            transfer.wait()
-        self._outgoing.clear()
+            self._receive(self._due.reader, self._due.maker)
+            self._due = None

@@ -19,7 +19,9 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Mixed:
-    """The published code: stage 0 has the uncond and stage 1 the cond embeddings; the one output serves as both.
+    """The published code: each rank has its branch's embeddings in its stage; the one output serves as both.
+
+    With two stages, stage 0 has uncond's and stage 1 cond's.
 
     The guided prediction is that mixed output, and w has no effect on the step.
 
@@ -27,10 +29,11 @@ class Mixed:
         sampler: how the scheduler weighs predictions; only `Deferred` reads it.
     """
 
+    #: Whose embeddings uncond's ranks have in their stages.
     stage0_branch: Literal["uncond", "cond"] = "uncond"
     #: Whether the rule can do without an evaluation (SKIPPED steps), and tell what its estimates miss (`trials`).
     estimates = False
-    #: Whether stage 1 reads the straight line through its last two boundaries at its own time, or the last one.
+    #: Whether a stage reads the straight line through the last two old boundaries at its own time, or the last one.
     extrapolates_boundary = False
     needs_sampler = False
 
@@ -59,7 +62,7 @@ class Mixed:
 
 
 class NoGuidance(Mixed):
-    """Both stages are cond; the cond prediction is used unguided."""
+    """All stages are cond; the cond prediction is used unguided."""
 
     stage0_branch = "cond"
 
@@ -73,7 +76,7 @@ class _Known(NamedTuple):
 
 
 class Reuse(NoGuidance):
-    """Both stages are cond; the guidance is the last delta that a FULL step measured. SKIPPED: its pred_c too."""
+    """All stages are cond; the guidance is the last delta that a FULL step measured. SKIPPED: its pred_c too."""
 
     estimates = True
     _memory = 2

@@ -105,7 +105,7 @@ class _Session:
         self.graphs = Graphs(self.denoiser, is_on=config.cuda_graphs is not False)
         if sequence is not None:
             self.graphs.refuse("a branch's tokens are split over ranks")
-        self.executor = Executor(anatomy, comm, self.graphs, sequence.comm if sequence else None)
+        self.executor = Executor(anatomy, comm, self.graphs, sequence.comm if sequence else None, config.stages)
         self.signature = inspect.signature(type(self.denoiser).forward)
         self.run: _Run | None = None
         self.report: dict[str, Any] | None = None
@@ -236,7 +236,9 @@ class _Session:
             )
             pair = run.rule.pipelined(step, pred, guidance)
         else:
-            pred_u, pred_c, drifted = self.executor.full(self.forward, branches, inputs, run.time(step))
+            pred_u, pred_c, drifted = self.executor.full(
+                self.forward, branches, inputs, run.time(step), extrapolate=run.rule.extrapolates_boundary
+            )
             trials = run.rule.trials(step, pred_u, pred_c, guidance) if run.policy.reads_trials else []
             measured = [rel_mae(pred_u, pred_c), drifted.float(), *(error for trial in trials for error in trial[1:])]
             values, arrival = torch.stack(measured).to("cpu", non_blocking=True), None
@@ -262,11 +264,7 @@ class _Session:
                 arrival.synchronize()
             discrepancy, drifted, *errors = values.tolist()
             if drifted:
-                raise RuntimeError(
-                    f"hybrid-cond: at step {step} the ranks' latents or prompts are no longer the same. They drifted "
-                    "apart since the last FULL step: give every rank the same generator seed, scheduler, dtype and "
-                    "callbacks."
-                )
+                raise _drifted(step)
             trials = list(map(Trial, distances, errors[::2], errors[1::2]))
             run.discrepancy.append((step, discrepancy))
             run.trials.append((step, trials))
@@ -287,13 +285,15 @@ class _Session:
         if not is_guided:
             self._warn("hybrid-cond: guidance is off (guidance_scale <= 1), so every rank evaluates the whole model.")
             config = HybridConfig(policy="cfg")
-        rule = Mixed if config.policy == "cfg" else RULES[str(config.guidance)]
+        # Where nothing is approximated, no rule is needed; but FULL steps of several stages may be extrapolated to.
+        is_exact = config.policy == "cfg" and config.stages == 2
+        rule = Mixed if is_exact else RULES[str(config.guidance)]
         sampler = None
         if config.policy == "adaptive" or rule.needs_sampler:
             start = float(inputs["timestep"].flatten()[0])
             sampler = read_sampler(self.pipe.scheduler, start, num_steps)
         policy = make_policy(config, num_steps, self.anatomy.family, sampler)
-        if policy.may_pipeline:
+        if policy.may_pipeline or config.stages > 2:  # FULL steps then have stages too
             self.anatomy.check_inputs(inputs)
             is_timed = config.balance != "flops" and self.sequence is None
             self.executor.prepare(_branches(inputs)["cond"], is_timed)
@@ -343,6 +343,8 @@ class _Session:
 
     def _end(self, run: _Run) -> None:
         self._read(run, keep=0)
+        if self.executor.drifted():
+            raise _drifted(run.num_steps - 1)
         self.executor.drain()
         plan = Plan(run.kinds)
         degree = self.sequence.comm.size if self.sequence else 1
@@ -359,7 +361,7 @@ class _Session:
             ],
             "tau_1": run.policy.tau_1,
             "tau_2": run.policy.tau_2,
-            "speedup_bound": plan.speedup_bound(),
+            "speedup_bound": plan.speedup_bound(self.config.stages),
             "bytes_sent": bytes_sent,
             "seconds_per_step": None,  # timing waits for the GPU: benchmarks/ measures it
             "world_size": self.comm.size * degree,
@@ -413,6 +415,13 @@ def _branches(inputs: Inputs) -> dict[Branch, Inputs]:
     return {"uncond": half(0), "cond": half(1)}
 
 
+def _drifted(step: int) -> RuntimeError:
+    return RuntimeError(
+        f"hybrid-cond: at step {step} the ranks' latents or prompts are no longer the same. They drifted apart since "
+        "the last FULL step or the one before: give every rank the same generator seed, scheduler, dtype and callbacks."
+    )
+
+
 def _settings(component: Any) -> list[str]:
     """Class and configuration of a diffusers component, without its private fields (paths, unordered sets)."""
     fields = [f"{key}={value}" for key, value in component.config.items() if not key.startswith("_")]
@@ -448,7 +457,9 @@ def apply_hybrid(
     model: str | None = None,
     simulate: bool = False,
 ) -> Any:
-    """Make a pipeline run `hybrid-cond` on two ranks, or on two groups of ranks that split a branch's tokens.
+    """Make a pipeline run `hybrid-cond` on the ranks of a group, half of them a branch's.
+
+    They are two, or as many as `HybridConfig.stages`, or two of groups that split a branch's tokens.
 
     Call it on every rank (one process a GPU, under torchrun, after ``torch.distributed.init_process_group``) with the
     pipeline on this rank's device, and then the pipeline with the same arguments and the same generator seed on every
@@ -458,18 +469,18 @@ def apply_hybrid(
         pipe: a diffusers pipeline with classifier-free guidance: Stable Diffusion 3 and XL, 1.5 and 2.1, and their
             image-to-image and inpainting relatives.
         config: the strategy; default `HybridConfig()`, the adaptive policy at its default tolerance.
-        group: two ranks, rank 0 of it uncond and rank 1 cond; default the default group.
+        group: as many ranks as stages, uncond's first, then cond's; default the default group.
         sequence: splits the tokens of this rank's branch over a group of its own (an MMDiT's; `xdit.sequence` makes it
             on xDiT's groups). ``group`` is then this rank and the one of equal place in the other branch's group.
         model: name for the report; default the checkpoint the pipeline was loaded from.
-        simulate: this process plays both ranks in turn, on its own: the pictures of two ranks, without their speed.
+        simulate: this process plays all ranks in turn, on its own: their pictures, without their speed.
 
     Returns:
         The pipeline.
 
     Raises:
-        ValueError: the pipeline's denoiser is not understood or has no tokens to split, or the group has more than two
-            ranks.
+        ValueError: the pipeline's denoiser is not understood or has no tokens to split, or the group has not as many
+            ranks as there are stages.
         RuntimeError: (from the pipeline's call) the ranks differ in what must be the same, or one stopped answering.
     """
     config = config or HybridConfig()
@@ -481,10 +492,16 @@ def apply_hybrid(
             "torch.distributed.init_process_group() before apply_hybrid()."
         )
     size = dist.get_world_size(group) if dist.is_initialized() and not simulate else 1
-    if size > 2:
+    if size not in (1, config.stages):
         raise ValueError(
-            f"hybrid-cond runs on 2 ranks (one a branch), but the group has {size}. Start it with "
-            "--nproc_per_node 2, or pass group= with two ranks."
+            f"hybrid-cond with --hybrid_stages {config.stages} (HybridConfig.stages) runs on {config.stages} ranks, "
+            f"but the group has {size}. Start it with --nproc_per_node {config.stages}, pass group= with as many, "
+            "or give another number of stages."
+        )
+    if sequence is not None and config.stages > 2:
+        raise ValueError(
+            f"hybrid-cond: --hybrid_stages {config.stages} cannot be combined with a split of the tokens so far: drop "
+            "it, or --ulysses_degree and --ring_degree (sequence=)."
         )
     denoiser = denoiser_of(pipe)
     is_wrapped = all(getattr(pipe, name, None) is not denoiser for name in ("transformer", "unet"))
@@ -497,7 +514,9 @@ def apply_hybrid(
     if config.report is not None:
         Path(config.report).mkdir(parents=True, exist_ok=True)
     if size == 1 and not simulate:
-        logger.warning("hybrid-cond needs two ranks and there is one: the pipeline runs as it always does.")
+        logger.warning(
+            "hybrid-cond needs %d ranks and there is one: the pipeline runs as it always does.", config.stages
+        )
         return pipe
     name = model or getattr(pipe, "name_or_path", None) or type(pipe).__name__
     comm = Solo() if simulate else Comm(group)
@@ -520,7 +539,7 @@ def last_report(pipe: Any) -> dict[str, Any] | None:
     Keys: ``model``, ``config``, ``num_steps``, ``plan`` (letters F, P and S), ``discrepancy`` (list of [step, value],
     None where it is not finite), ``trials`` (list of [step, [[distance, pipelined, skipped], ...]], see
     `discrepancy.Trial`; empty but for the adaptive policy), ``tau_1``, ``tau_2`` (None where the policy has none),
-    ``speedup_bound`` (times what splitting a branch's tokens gives), ``bytes_sent`` (one count a branch, to the other),
+    ``speedup_bound`` (times what splitting a branch's tokens gives), ``bytes_sent`` (one count a rank of the group),
     ``seconds_per_step`` (None where not measured), ``world_size``, ``sequence_degree``, ``versions``.
     """
     session = getattr(pipe, _SESSION, None)  # xDiT's wrapper of a pipeline hands the question on

@@ -1,36 +1,44 @@
-"""Stages as data, found from the structure of the denoiser and balanced by counted FLOPs or measured time.
+"""Stages as data, found from the structure of the denoiser and balanced by cost: counted FLOPs or measured time.
 
 A denoiser is read as a list of *units* (a patch embedding, a resnet, an attention, a transformer block ...) that are
-run in order on an activation. A *segment* is a run of units that one rank evaluates on a PIPELINED step. Two shapes:
+run in order on an activation. A *stage* is what one rank evaluates of the network; it has one *segment* (a run of
+units) or, in a U-Net, two. Two shapes, here with three stages:
 
-    MMDiT   rank 0  [front]                    U-Net   rank 0             [inner]
-                        \\ 1                                          0 /        \\ 1
-            rank 1       [back] -> prediction          rank 1  [outer down]       [outer up] -> prediction
+    MMDiT   stage 0  [front]                     U-Net   stage 0                [inner]
+                         \\ 1                                               0 /         \\ 1
+            stage 1       [middle]                       stage 1         [down]            [up]
+                                 \\ 1                                 0 /                      \\ 1
+            stage 2               [back] -> pred         stage 2  [down]                        [up] -> pred
 
-The number on an edge is the **age in steps of the boundary** that crosses there:
+The number on an edge is the **age in steps of the boundary** that crosses there, on a PIPELINED step:
 
-* MMDiT: the back of step i reads the boundary (image and text tokens) that the front made on step i-1: age 1.
-* U-Net: the inner part of step i reads the outer-down features of step i itself: age 0. The outer-up part of step i
-  reads the inner result of step i-1: age 1. Its skips are its own, of step i. Sending the features costs nothing on
-  the critical path (rank 0 has as long for the inner part as rank 1 has until it needs it on step i+1), makes the
-  boundary a step fresher than waiting for them a step would, and spares rank 0 a second evaluation of the outer down
-  (counted for SDXL at 1024 px: 10% of a forward's FLOPs, against 1.3 MB in fp16).
-* On the first PIPELINED step after a FULL one, the age-1 boundary is the one that rank 1 made itself on the FULL step,
-  with the cond embeddings; none is sent.
-* SKIPPED steps make no boundary: it is as many steps older as they are. Where the guidance rule extrapolates,
-  stage 1 reads the straight line through its last two boundaries, at its own time.
+* MMDiT: each stage of step i reads the boundary (image and text tokens) that the stage before made on step i-1: age 1.
+* U-Net: the stages are nested. A down part of step i reads the features that the next outer stage made on step i: age
+  0. An up part of step i reads what the next inner stage made on step i-1: age 1. A stage's skips are its own, of step
+  i. Sending the features costs nothing on the critical path: it skews the stages (each begins a step when the next
+  outer one has made its down part), and by as much later is its result needed. It makes the boundary a step fresher
+  than waiting for them a step would, and spares the inner stages a second evaluation of the outer down parts (two
+  stages, counted for SDXL at 1024 px: 10% of a forward's FLOPs, against 1.3 MB in fp16).
+* On the first PIPELINED step after a FULL one, the age-1 boundaries are those that the cond branch made there.
+* SKIPPED steps make no boundary: it is as many steps older as they are. Where the guidance rule extrapolates, a stage
+  reads the straight line through its last two boundaries, at its own time.
 
-The nesting of a U-Net is cut where the inner part reads inner skips only, so that one tensor crosses each way.
+With more than two stages, a branch has several ranks, and on a FULL step each of them evaluates two neighbouring stages
+(2r and 2r + 1) of its branch: between those two nothing is old, and between ranks the ages are as above, counted in
+FULL steps.
+
+The nesting of a U-Net is cut where an inner region reads inner skips only, so that one tensor crosses each way.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -83,26 +91,35 @@ class Unit(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Units ``start`` up to ``stop`` on ``rank``, reading a boundary that is ``age`` steps old (0 for the first)."""
+    """Units ``start`` up to ``stop`` of ``stage``, reading a boundary that is ``age`` steps old (0 for the first)."""
 
     start: int
     stop: int
-    rank: int
+    stage: int
     age: int
+
+
+class Region(NamedTuple):
+    """Units ``start`` up to ``stop``, which need of the units before them their boundary only."""
+
+    start: int
+    stop: int
+
+
+Shape = tuple[torch.Size, torch.dtype]
 
 
 @dataclass(frozen=True)
 class Partition:
-    """The segments of a PIPELINED step in forward order, and the FLOPs of each rank's share."""
+    """The segments of a PIPELINED step in forward order, and the FLOPs of each stage's share.
+
+    The last segment is of the last stage, and ends in the prediction.
+    """
 
     segments: tuple[Segment, ...]
     flops: tuple[int, ...]
-    shapes: tuple[tuple[tuple[torch.Size, torch.dtype], ...], ...]  # of the boundary after each unit
-
-    @property
-    def output_rank(self) -> int:
-        """The rank whose segment ends in the prediction."""
-        return self.segments[-1].rank
+    shapes: tuple[tuple[Shape, ...], ...]  # of the boundary after each unit
+    prediction: Shape
 
     @property
     def cut(self) -> int:
@@ -132,7 +149,7 @@ class _Found(NamedTuple):
     """What was found of a denoiser so far, by the shapes and dtypes of its inputs."""
 
     partitions: dict[Any, Partition]
-    counts: dict[Any, tuple[list[int], tuple[Any, ...]]]
+    counts: dict[Any, tuple[list[int], tuple[tuple[Shape, ...], ...], Shape]]
     seconds: dict[Any, tuple[float, ...] | None]
 
 
@@ -177,8 +194,8 @@ class Anatomy(ABC):
         """The denoiser's output from the activation after the last unit, [B, C, H, W]."""
 
     @abstractmethod
-    def _candidates(self) -> Iterator[tuple[Segment, ...]]:
-        """Every way to cut the units in two stages."""
+    def _regions(self) -> Iterator[Region]:
+        """What the stages below a cut may be: each such region, without the whole."""
 
     def sequence_parts(self) -> SequenceParts:
         """What sequence parallelism splits.
@@ -217,34 +234,30 @@ class Anatomy(ABC):
             if USE_PEFT_BACKEND:
                 unscale_lora_layers(self.denoiser, scale)
 
-    def partition(self, inputs: Inputs, seconds: tuple[float, ...] | None = None) -> Partition:
-        """The best partition in two for one branch's inputs: the smallest larger share, then the smallest boundary.
+    def partition(self, inputs: Inputs, stages: int = 2, seconds: tuple[float, ...] | None = None) -> Partition:
+        """The best partition for one branch's inputs: the smallest largest share, then the smallest boundaries.
 
-        Cached by the inputs' shapes and dtypes.
+        Cached by the inputs' shapes and dtypes, and the other arguments.
 
         Args:
+            stages: how many.
             seconds: cost of each unit, as measured; by default it is its FLOPs. Partitions within `ALIKE` of the best
-                are then alike, so that noise seldom chooses.
+                are then alike, and of those the FLOPs choose: noise seldom does.
+
+        Raises:
+            ValueError: there are too few units for so many stages.
         """
         kind = _kind(inputs)
-        if (kind, seconds) not in self._found.partitions:
+        key = kind, stages, seconds
+        if key not in self._found.partitions:
             if kind not in self._found.counts:
                 self._found.counts[kind] = self._count(inputs)
-            flops, shapes = self._found.counts[kind]
-            candidates = [
-                Partition(segments, _shares(segments, flops), shapes)
-                for segments in self._candidates()
-                if not any(s.stop < len(flops) and not self.units[s.stop - 1].splits_after for s in segments)
-            ]
-            if not candidates:
-                raise ValueError(f"{type(self.denoiser).__name__} is too shallow to be cut into 2 stages.")
-            size = lambda p: sum(shape.numel() for s in p.segments[:-1] for shape, _ in shapes[s.stop - 1])  # noqa: E731
-            if seconds is not None:
-                slower = [max(_shares(p.segments, seconds)) for p in candidates]
-                alike = (1 + ALIKE) * min(slower)
-                candidates = [p for p, share in zip(candidates, slower, strict=True) if share <= alike]
-            self._found.partitions[kind, seconds] = min(candidates, key=lambda p: (max(p.flops), size(p)))
-        return self._found.partitions[kind, seconds]
+            flops, shapes, prediction = self._found.counts[kind]
+            nest = self._nest(stages, flops, seconds, shapes)
+            shares = [sum(flops[slice(*region)]) for region in nest]
+            shares = [outer - inner for inner, outer in zip([0, *shares], shares, strict=False)]
+            self._found.partitions[key] = Partition(_segments(nest), tuple(shares), shapes, prediction)
+        return self._found.partitions[key]
 
     def seconds(self, inputs: Inputs, clock: Clock) -> tuple[float, ...] | None:
         """What each unit takes by a clock; None where it cannot tell. Cached by the inputs' shapes and dtypes."""
@@ -262,8 +275,68 @@ class Anatomy(ABC):
                 activation = unit(activation)
                 mark()
 
-    def _count(self, inputs: Inputs) -> tuple[list[int], tuple[Any, ...]]:
-        """FLOPs of each unit and the shapes of the boundary after it, by a run on fake tensors (no memory, no GPU).
+    def _nest(
+        self,
+        stages: int,
+        flops: Sequence[int],
+        seconds: Sequence[float] | None,
+        shapes: Sequence[tuple[Shape, ...]],
+    ) -> tuple[Region, ...]:
+        """The regions of the first stage, the first two, ... all of them.
+
+        Args:
+            flops: of each unit.
+            seconds: of each unit, if they are measured.
+            shapes: of the boundary after each unit.
+        """
+        costs: list[Sequence[float]] = [flops] if seconds is None else [seconds, flops]
+        before = [[0, *itertools.accumulate(cost)] for cost in costs]
+        limits = [math.inf] * len(costs)  # of a stage, for each kind of cost
+        ends = {0, *(i for i, unit in enumerate(self.units, start=1) if unit.splits_after)}
+        regions = [region for region in self._regions() if ends.issuperset(region)]
+        whole = Region(0, len(self.units))
+
+        def size(region: Region) -> int:
+            return sum(shape.numel() for end in region if end for shape, _ in shapes[end - 1])
+
+        def best(aim: Callable[[_Nest], float]) -> _Nest:
+            """The nest of the least ``aim`` whose stages cost no more than the limits each."""
+
+            @cache
+            def within(outer: Region, stages: int) -> _Nest | None:
+                whole_costs = [sums[outer.stop] - sums[outer.start] for sums in before]
+                if stages == 1:
+                    return _Nest(tuple(whole_costs), 0, (outer,)) if _fits(whole_costs, limits) else None
+                found = []
+                for region in regions:
+                    if not _is_inside(region, outer):
+                        continue
+                    shares = [
+                        cost - sums[region.stop] + sums[region.start]
+                        for cost, sums in zip(whole_costs, before, strict=True)
+                    ]
+                    if _fits(shares, limits) and (nest := within(region, stages - 1)):
+                        largest = tuple(map(max, nest.largest, shares))
+                        found.append(_Nest(largest, nest.size + size(region), (*nest.regions, outer)))
+                return min(found, key=aim, default=None)
+
+            nest = within(whole, stages)
+            if nest is None:
+                raise ValueError(
+                    f"stages={stages} (--hybrid_stages): this {type(self.denoiser).__name__} is too shallow to be cut "
+                    f"into {stages} stages: lower it."
+                )
+            return nest
+
+        for i, cost in enumerate(costs):
+            largest = best(lambda nest, i=i: nest.largest[i]).largest[i]  # type: ignore[misc]
+            limits[i] = largest * (1 + ALIKE) if cost is seconds else largest
+        return best(lambda nest: nest.size).regions
+
+    def _count(self, inputs: Inputs) -> tuple[list[int], tuple[tuple[Shape, ...], ...], Shape]:
+        """FLOPs of each unit, the shapes of the boundary after it, and the prediction's.
+
+        By a run on fake tensors (no memory, no GPU).
 
         The modules' own forward hooks see those too. Attention is counted in its plain form, because the fused kernels
         that PyTorch chooses by device are not all counted: this must not depend on the device.
@@ -279,7 +352,8 @@ class Anatomy(ABC):
                 activation = unit(activation)
                 flops.append(counter.get_total_flops() - before)
                 shapes.append(tuple((t.shape, t.dtype) for t in activation.boundary))
-        return flops, tuple(shapes)
+            prediction = self.prediction(activation)
+        return flops, tuple(shapes), (prediction.shape, prediction.dtype)
 
 
 class MMDiT(Anatomy):
@@ -351,9 +425,9 @@ class MMDiT(Anatomy):
         pred = tokens.reshape(tokens.shape[0], h, w, p, p, -1)
         return torch.einsum("nhwpqc->nchpwq", pred).reshape(tokens.shape[0], -1, h * p, w * p)
 
-    def _candidates(self) -> Iterator[tuple[Segment, ...]]:
-        for cut in range(1, len(self.units)):
-            yield Segment(0, cut, 0, 0), Segment(cut, len(self.units), 1, 1)
+    def _regions(self) -> Iterator[Region]:
+        for stop in range(1, len(self.units)):
+            yield Region(0, stop)
 
 
 class UNet(Anatomy):
@@ -461,9 +535,9 @@ class UNet(Anatomy):
     def prediction(self, activation: Activation) -> torch.Tensor:
         return activation.boundary[0]
 
-    def _candidates(self) -> Iterator[tuple[Segment, ...]]:
-        # Skips on the stack after each unit. The inner part may read only what it pushed itself: the stack is as
-        # high after it as before it, and never lower in between.
+    def _regions(self) -> Iterator[Region]:
+        # Skips on the stack after each unit. A region may read only what it pushed itself: the stack is as high after
+        # it as before it, and never lower in between.
         height = list(itertools.accumulate(unit.pushes - unit.pops for unit in self.units))
         for start in range(1, len(self.units)):
             base = height[start - 1]
@@ -471,11 +545,7 @@ class UNet(Anatomy):
                 if height[stop - 1] < base:
                     break
                 if height[stop - 1] == base:
-                    yield (
-                        Segment(0, start, 1, 0),
-                        Segment(start, stop, 0, 0),
-                        Segment(stop, len(self.units), 1, 1),
-                    )
+                    yield Region(start, stop)
 
 
 def read(denoiser: nn.Module) -> Anatomy:
@@ -518,11 +588,33 @@ def _kind(inputs: Inputs) -> Any:
     return tuple((t.shape, t.dtype) for t in tensors_of(inputs))
 
 
-def _shares(segments: Sequence[Segment], costs: Sequence[Any]) -> tuple[Any, ...]:
-    shares = [0] * (1 + max(s.rank for s in segments))
-    for s in segments:
-        shares[s.rank] += sum(costs[s.start : s.stop])
-    return tuple(shares)
+class _Nest(NamedTuple):
+    """Regions one inside the other: the largest cost of a stage (of each kind), the boundaries' size, the regions."""
+
+    largest: tuple[float, ...]
+    size: int
+    regions: tuple[Region, ...]
+
+
+def _fits(costs: Sequence[float], limits: Sequence[float]) -> bool:
+    return all(cost <= limit for cost, limit in zip(costs, limits, strict=True))
+
+
+def _is_inside(inner: Region, outer: Region) -> bool:
+    """Whether ``outer`` has units after ``inner``, and before it, but where both are a beginning of the network."""
+    return inner.stop < outer.stop and (outer.start < inner.start or inner.start == 0)
+
+
+def _segments(nest: Sequence[Region]) -> tuple[Segment, ...]:
+    """What each region of a nest has beyond the one inside it, in forward order."""
+    inner = nest[0]
+    segments = [Segment(*inner, stage=0, age=0)]
+    for stage, outer in enumerate(nest[1:], start=1):
+        if outer.start < inner.start:
+            segments.insert(0, Segment(outer.start, inner.start, stage, age=0))
+        segments.append(Segment(inner.stop, outer.stop, stage, age=1))
+        inner = outer
+    return tuple(segments)
 
 
 def _alone(output: torch.Tensor) -> Boundary:

@@ -4,7 +4,7 @@ A *layout* multiplies `data` groups that share the pictures out, 2 branches, `se
 image tokens (MMDiT, Ulysses), and R = `stages` / 2 ranks that split a branch's layers. Seconds of a step, for a
 denoiser of f FLOPs a branch with A attentions of width D over n image and s text tokens:
 
-    FULL       work(1 / R) + [R > 1] link(boundary) + link(prediction)
+    FULL       work(1 / R) + [R > 1] link(boundary) + link(prediction); work(1) of the first, synchronous ones if R > 1
     PIPELINED  work(share) + link(boundary), if it is handed over, + link(prediction)
     SKIPPED    0
     any step   `step` besides: the scheduler, the guidance, copies
@@ -44,10 +44,10 @@ from .config import HybridConfig
 from .denoisers import branch_inputs, build
 from .graphs import Graphs
 from .partition import Inputs, Partition, read, tensors_of
-from .plan import FULL, PIPELINED, SKIPPED, Plan, StepKind
+from .plan import FULL, PIPELINED, SKIPPED, Plan, StepKind, synchronous_steps
 
-#: Stages that `best` may choose. More are predicted, but the engine does not run them yet.
-AVAILABLE_STAGES = (2,)
+#: Stages that `best` may choose. With more, FULL steps read old boundaries too: that is for the user to want.
+CHOSEN_STAGES = (2,)
 
 #: What of a layout is split, from the ranks that are neighbours to those farthest apart, as xDiT numbers them.
 AXES = ("sequence", "stages", "branch", "data")
@@ -229,7 +229,7 @@ class Cost:
 def _features(partition: Partition, count: Any) -> int:
     """Elements that the output's rank hands the other on the same step; none where the network begins there."""
     first, *_, last = partition.segments
-    return count(first.stop - 1) if first.rank == last.rank else 0
+    return count(first.stop - 1) if first.stage == last.stage else 0
 
 
 def _tokens(anatomy: Any, partition: Partition, size: int) -> dict[str, int]:
@@ -351,7 +351,7 @@ class Layout:
     @property
     def is_available(self) -> bool:
         """Whether the engine runs it, and xDiT numbers its ranks so."""
-        return self.stages in AVAILABLE_STAGES and self.order == AXES
+        return self.order == AXES and (self.stages == 2 or self.sequence == 1)
 
     def link(self, axis: str, machine: Machine) -> Link:
         """What the ranks along an axis are connected by: the network, if not all such groups lie within a node."""
@@ -416,7 +416,13 @@ def predict(cost: Cost, speed: Speed, machine: Machine, plan: Plan, layout: Layo
     if ranks > 1:
         one_full += link["stages"].seconds(boundary)
     one_pipelined = work * share + link["branch"].seconds(cost.prediction)
-    run = full * one_full + pipelined * one_pipelined + handed * between_stages.seconds(boundary)
+    waiting = synchronous_steps(layout.stages, full)  # each stage for the one before it
+    run = (
+        full * one_full
+        + waiting * work * (1 - 1 / ranks)
+        + pipelined * one_pipelined
+        + handed * between_stages.seconds(boundary)
+    )
     run += len(plan) * speed.step
 
     sent = {}
@@ -469,8 +475,9 @@ def rank_layouts(
 
 
 def best(predictions: Sequence[Prediction]) -> Prediction:
-    """The best that can be run; there is one, since the pair of branches can."""
-    return next(prediction for prediction in predictions if prediction.layout.is_available)
+    """The best that is exact where its plan is FULL; there is one, since the pair of branches is."""
+    exact = (prediction for prediction in predictions if prediction.layout.stages in CHOSEN_STAGES)
+    return next(prediction for prediction in exact if prediction.layout.is_available)
 
 
 def table(predictions: Sequence[Prediction], machine: Machine) -> str:
@@ -498,10 +505,12 @@ def _cells(prediction: Prediction, machine: Machine) -> tuple[str, ...]:
         for axis, count in prediction.sent.items()
     ]
     flags = " ".join(layout.flags()) or "(none)"
-    if layout.stages not in AVAILABLE_STAGES:
-        flags = f"not yet: {layout.stages} stages, boundaries up to {layout.stages - 1} steps old"
+    if layout.stages > 2 and layout.sequence > 1:
+        flags = "not together so far: layers and sequence"
     elif not layout.is_available:
         flags = "not in xDiT's order of ranks"
+    elif layout.stages not in CHOSEN_STAGES:
+        flags += " (less close: see Quality)"
     return (
         str(layout.gpus),
         f"{layout.data} x {layout.sequence} x 2 x {layout.stages // 2}",

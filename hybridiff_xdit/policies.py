@@ -39,7 +39,11 @@ def make_policy(config: HybridConfig, num_steps: int, family: str, sampler: Samp
     if config.policy == "adaptive":
         assert sampler is not None
         return AdaptivePolicy(
-            sampler, tolerance=config.tolerance, speedup=config.speedup, kinds=config.kinds or DEFAULT_KINDS
+            sampler,
+            tolerance=config.tolerance,
+            speedup=config.speedup,
+            kinds=config.kinds or DEFAULT_KINDS,
+            stages=config.stages,
         )
     preset = vars(PAPER_PRESETS[family].scaled(num_steps))
     given = {name: value for name, value in config.paper_constants().items() if value is not None}

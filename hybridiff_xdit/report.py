@@ -7,8 +7,9 @@ from typing import Any
 
 from .plan import Phase, Plan, StepKind
 
-#: Colour of each kind of work in the plan's picture, and of each phase behind the curve.
-_COLOURS = {"uncond": "#4c72b0", "cond": "#dd8452", "stage0": "#55a868", "stage1": "#8172b3", "-": "#eeeeee"}
+#: Colour of each kind of work in the plan's picture (of stages: by branch of the rank), of each phase behind the curve.
+_COLOURS = {"uncond": "#4c72b0", "cond": "#dd8452", "-": "#eeeeee"}
+_STAGES = ("#55a868", "#8172b3")
 _PHASES = {Phase.WARM_UP: "#f7f7f2", Phase.PARALLELISM: "#ddeee1", Phase.FULLY_CONNECTING: "#f1f1f7"}
 
 
@@ -29,7 +30,8 @@ def _draw(report: dict[str, Any], path: Path) -> None:
     from matplotlib.patches import Patch
 
     plan = Plan.parse(report["plan"])
-    rows = plan.rows()
+    stages = report["config"]["stages"]
+    rows = plan.rows(stages)
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     curve, grid = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
@@ -45,9 +47,8 @@ def _draw(report: dict[str, Any], path: Path) -> None:
             curve.text(steps[0] - 0.3, 0.97, phase.name, transform=curve.get_xaxis_transform(), va="top", fontsize=7)
     for row in rows:
         for rank, work in enumerate(row.work):
-            grid.barh(
-                1 - rank, 1, left=row.step - 0.5, height=0.9, color=_COLOURS[work], edgecolor="white", linewidth=0.5
-            )
+            style = {"color": _colour(work), "edgecolor": "white", "linewidth": 0.5}
+            grid.barh(stages - 1 - rank, 1, left=row.step - 0.5, height=0.9, **style)
     curve.set_ylabel("discrepancy M")
     config = report["config"]
     curve.set_title(
@@ -56,10 +57,15 @@ def _draw(report: dict[str, Any], path: Path) -> None:
         f"speed-up bound {report['speedup_bound']:.2f}",
         fontsize=10,
     )
-    grid.set_yticks([1, 0], ["rank 0", "rank 1"])
+    grid.set_yticks([*reversed(range(stages))], [f"rank {rank}" for rank in range(stages)])
     grid.set_xlabel("step")
     grid.set_xlim(-0.5, len(plan) - 0.5)
-    used = [work for work in _COLOURS if any(work in row.work for row in rows)]
-    handles = [Patch(color=_COLOURS[work], label="idle" if work == "-" else work) for work in used]
+    names = [*_COLOURS, *(f"stage{stage}" for stage in range(stages))]
+    used = [work for work in names if any(work in row.work for row in rows)]
+    handles = [Patch(color=_colour(work), label="idle" if work == "-" else work) for work in used]
     curve.legend(handles=handles, loc="center right", fontsize=8)
     figure.savefig(path, dpi=120)
+
+
+def _colour(work: str) -> str:
+    return _STAGES[int(work.removeprefix("stage")) % 2] if work.startswith("stage") else _COLOURS[work]

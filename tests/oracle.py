@@ -9,6 +9,8 @@ On a PIPELINED step two parts of the network are evaluated, at once, on two rank
     U-Net  inner(step i; outer-down features of step i) -> boundary, read by outer-up(step i + 1)
 
 After a FULL step the boundary is the one of its cond branch. On a SKIPPED step nothing is evaluated.
+
+`Staged` is the same with more stages, whose FULL steps are approximate too.
 """
 
 import inspect
@@ -26,6 +28,35 @@ CUTS = {
     "sdxl": ("down_blocks.1.downsamplers.0", "up_blocks.0.attentions.2"),
     "sd15": ("down_blocks.0.downsamplers.0", "up_blocks.1.attentions.2"),
 }
+
+#: The same with more stages, by their number. SD3: number of blocks before each cut. U-Net: first and last module of
+#: its regions, outwards.
+STAGE_CUTS = {
+    ("sd3", 4): [1, 2, 3],
+    ("deep sd3", 8): [1, 2, 3, 4, 5, 6, 7],
+    ("sdxl", 4): [
+        ("down_blocks.2.resnets.1", "up_blocks.0.resnets.0"),
+        ("down_blocks.1.downsamplers.0", "up_blocks.0.attentions.2"),
+        ("down_blocks.1.attentions.0", "up_blocks.1.attentions.1"),
+    ],
+    ("sd15", 4): [
+        ("down_blocks.1.resnets.1", "up_blocks.1.attentions.0"),
+        ("down_blocks.0.attentions.1", "up_blocks.2.resnets.0"),
+        ("down_blocks.0.resnets.0", "up_blocks.2.resnets.1"),
+    ],
+    ("sdxl", 8): [
+        ("mid_block", "mid_block"),
+        ("down_blocks.2.resnets.1", "up_blocks.0.resnets.0"),
+        ("down_blocks.2.resnets.0", "up_blocks.0.resnets.1"),
+        ("down_blocks.1.downsamplers.0", "up_blocks.0.attentions.2"),
+        ("down_blocks.1.attentions.1", "up_blocks.1.attentions.0"),
+        ("down_blocks.0.downsamplers.0", "up_blocks.1.resnets.2"),
+        ("down_blocks.0.resnets.1", "up_blocks.2.resnets.0"),
+    ],
+}
+
+#: With more than two stages, FULL steps at the beginning that read nothing old.
+EXACT = 4
 
 
 class Full(NamedTuple):
@@ -53,7 +84,7 @@ class Oracle:
         denoiser: the model.
         plan: a letter F, P or S a step.
         rule: ``mixed``, ``none``, ``reuse`` or ``deferred``.
-        cut: see `CUTS`.
+        cut: see `CUTS`; of a `Staged`, `STAGE_CUTS`.
         times: of the steps, for ``deferred``.
         gains: of the steps' predictions, for ``deferred``.
         w: tells the guidance scale of the step.
@@ -63,7 +94,8 @@ class Oracle:
         self.denoiser, self.plan, self.rule, self.cut = denoiser, plan, rule, cut
         self.times, self.gains, self.w = times, gains, w
         self.forward = denoiser.forward
-        self.two_parts = sd3 if isinstance(denoiser, SD3Transformer2DModel) else unet
+        self.is_sd3 = isinstance(denoiser, SD3Transformer2DModel)
+        self.two_parts = sd3 if self.is_sd3 else unet
         self.steps = 0
         self.boundaries = []  # (time, boundary) that stage 1 knows, in order
         self.fulls = []
@@ -77,24 +109,32 @@ class Oracle:
         i, kind = self.steps, self.plan[self.steps]
         self.steps += 1
         if kind == "F":
-            pred_u, pred_c = (self.forward(**{**branch, "return_dict": False})[0] for branch in (uncond, cond))
-            if "P" in self.plan[i + 1 :]:
-                self.learn(i, self.two_parts(self.denoiser, self.cut, cond, cond, None)[1])
+            pred_u, pred_c = self.full(i, uncond, cond)
             self.discrepancy.append(((pred_c - pred_u).abs().mean() / pred_u.abs().mean()).item())
             known = Full(i, pred_c - pred_u, pred_c)
             missing_u, missing_c = self.paid_back(known) if self.rule == "deferred" else (0.0, 0.0)
             self.fulls.append(known)
             return pred_u + missing_u, pred_c + missing_c
         if kind == "P":
-            stage0 = uncond if self.rule == "mixed" else cond
-            pred, fresh = self.two_parts(self.denoiser, self.cut, stage0, cond, self.boundary_at(i))
-            if self.plan[i + 1 : i + 2] == "P":
-                self.learn(i, fresh)
+            pred = self.pipelined(i, uncond if self.rule == "mixed" else cond, cond)
             if self.rule in ("mixed", "none"):
                 return pred, pred
         guess = self.guess(i, kind, pred if kind == "P" else None)
         self.guesses.append(guess)
         return guess.c - guess.delta, guess.c
+
+    def full(self, i, uncond, cond):
+        pred_u, pred_c = (self.forward(**{**branch, "return_dict": False})[0] for branch in (uncond, cond))
+        if "P" in self.plan[i + 1 :]:
+            self.learn(self.boundaries, i, self.two_parts(self.denoiser, self.cut, cond, cond, None)[1])
+        return pred_u, pred_c
+
+    def pipelined(self, i, stage0, cond):
+        old = self.read(self.boundaries, i)
+        pred, fresh = self.two_parts(self.denoiser, self.cut, stage0, cond, old)
+        if self.plan[i + 1 : i + 2] == "P":
+            self.learn(self.boundaries, i, fresh)
+        return pred
 
     def guess(self, i, kind, pred_c):
         last = self.fulls[-1]
@@ -158,21 +198,62 @@ class Oracle:
         before, last, now = self.times[before], self.times[last], self.times[now]
         return 0.0 if last == before else (now - last) / (last - before)
 
-    def learn(self, i, boundary):
+    def learn(self, known, i, boundary):
         time = i if self.times is None else self.times[i]
-        if self.boundaries and self.boundaries[-1][0] == time:
-            self.boundaries.pop()
-        self.boundaries.append((time, boundary))
+        if known and known[-1][0] == time:
+            known.pop()
+        known.append((time, boundary))
 
-    def boundary_at(self, i):
-        """What stage 1 reads: the last boundary, or the straight line through the last two at the step's time."""
-        if self.rule != "deferred" or len(self.boundaries) < 2:
-            return self.boundaries[-1][1]
-        (t0, first), (t1, second) = self.boundaries[-2:]
+    def read(self, known, i):
+        """What a stage reads: the last boundary, or the straight line through the last two at the step's time."""
+        if self.rule != "deferred" or len(known) < 2:
+            return known[-1][1]
+        (t0, first), (t1, second) = known[-2:]
         share = (self.times[i] - t0) / (t1 - t0)
         if isinstance(first, tuple):
             return tuple(a + share * (b - a) for a, b in zip(first, second, strict=True))
         return first + share * (second - first)
+
+
+class Staged(Oracle):
+    """The same with S stages, S / 2 ranks a branch.
+
+    On a PIPELINED step every stage but the first reads what the one before it made when that was last evaluated with
+    cond: on a FULL step, or on a PIPELINED one after which another came. (All but the last are evaluated only then.)
+
+    On a FULL step a rank has stages 2r and 2r + 1 of its branch. Stage 2r reads what stage 2r - 1 made on the last FULL
+    step, stage 2r + 1 what stage 2r makes now. The first FULL steps read nothing old.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.stages = len(self.cut) + 1
+        self.through = sd3_stages if self.is_sd3 else unet_stages
+        self.known = {who: [[] for _ in range(self.stages)] for who in ("uncond", "cond", "pipelined")}
+
+    def full(self, i, uncond, cond):
+        predictions = []
+        for name, given in (("uncond", uncond), ("cond", cond)):
+            old = [None] * self.stages
+            if self.plan[:i].count("F") >= EXACT:
+                old[2::2] = [self.read(known, i) for known in self.known[name][2::2]]
+            pred, made = self.through(self.denoiser, self.cut, [given] * self.stages, old)
+            self.remember(name, i, made)
+            predictions.append(pred)
+        self.remember("pipelined", i, made)
+        return predictions
+
+    def pipelined(self, i, even, cond):
+        given = [cond if stage % 2 else even for stage in range(self.stages)]
+        old = [None, *(self.read(known, i) for known in self.known["pipelined"][1:])]
+        pred, made = self.through(self.denoiser, self.cut, given, old)
+        if self.plan[i + 1 : i + 2] == "P":
+            self.remember("pipelined", i, made)
+        return pred
+
+    def remember(self, name, i, made):
+        for known, boundary in zip(self.known[name][1:], made, strict=True):
+            self.learn(known, i, boundary)
 
 
 def closed_form(scheduler, first, eta=0.0):
@@ -268,6 +349,49 @@ def unet(model, cut, stage0, stage1, boundary):
     return evaluate(model, order[last + 1 :], hidden, skips, *outer, forced), fresh
 
 
+def sd3_stages(model, cuts, given, old):
+    """The prediction, and what each stage but the last made.
+
+    Args:
+        cuts: numbers of blocks before stages 1, 2, ...
+        given: the model's arguments, by stage.
+        old: what each stage reads; None: what the one before it makes now.
+    """
+    made = [(model.pos_embed(given[0]["hidden_states"]), model.context_embedder(given[0]["encoder_hidden_states"]))]
+    for stage, (start, stop) in enumerate(itertools.pairwise([0, *cuts, len(model.transformer_blocks)])):
+        image, text = old[stage] or made[stage]
+        time = model.time_text_embed(given[stage]["timestep"], given[stage]["pooled_projections"])
+        for block in model.transformer_blocks[start:stop]:
+            text, image = block(hidden_states=image, encoder_hidden_states=text, temb=time)
+        made.append((image, text))
+    patches = model.proj_out(model.norm_out(image, time)).unflatten(2, (2, 2, -1))  # [B, h * w, 2, 2, C]
+    size = [side // 2 for side in given[-1]["hidden_states"].shape[-2:]]
+    pixels = patches.unflatten(1, size).permute(0, 5, 1, 3, 2, 4)  # [B, C, h, 2, w, 2]
+    return pixels.flatten(4, 5).flatten(2, 3), made[1:-1]
+
+
+def unet_stages(model, cuts, given, old):
+    """As `sd3_stages`. A stage has its own skips; features go from the outermost stage inwards, as they are made."""
+    order = list(modules_in_order(model))
+    ends = [(order.index(first), order.index(last) + 1) for first, last in cuts]
+    starts, stops = zip(*ends, (0, len(order)), strict=True)
+    context = [condition(model, branch) for branch in given]
+    forced = any(side % 2**model.num_upsamplers for side in given[-1]["sample"].shape[-2:])
+    last = len(given) - 1
+    hidden, skips = given[-1]["sample"], [[] for _ in given]
+    for stage in range(last, 0, -1):
+        hidden = evaluate(
+            model, order[starts[stage] : starts[stage - 1]], hidden, skips[stage], *context[stage], forced
+        )
+    made = [evaluate(model, order[starts[0] : stops[0]], hidden, skips[0], *context[0], forced)]
+    for stage in range(1, last + 1):
+        hidden = made[-1] if old[stage] is None else old[stage]
+        part = order[stops[stage - 1] : stops[stage]]
+        made.append(evaluate(model, part, hidden, skips[stage], *context[stage], forced))
+    assert not any(skips), "a stage left a skip for another"
+    return made[-1], made[:-1]
+
+
 def modules_in_order(model):
     """Names of the modules in the order of the forward."""
     yield "conv_in"
@@ -321,6 +445,10 @@ def evaluate(model, names, hidden, skips, time, text, forced):
     return hidden
 
 
+def kind_of(cut):
+    return Staged if isinstance(cut, list) else Oracle
+
+
 def denoise(pipe, prompt, noise, *, plan, rule="reuse", cut=None, guidance_scale=5.0):
     """Latents of a run over the scheduler's timesteps, and the discrepancy of its FULL steps.
 
@@ -334,7 +462,7 @@ def denoise(pipe, prompt, noise, *, plan, rule="reuse", cut=None, guidance_scale
     device = noise.device
     scheduler.set_timesteps(len(plan), device=device)
     times, gains = closed_form(scheduler, scheduler.timesteps[0])
-    oracle = Oracle(denoiser, plan, rule, cut, times, gains, w=lambda: guidance_scale)
+    oracle = kind_of(cut)(denoiser, plan, rule, cut, times, gains, w=lambda: guidance_scale)
     latents = noise if is_sd3 else noise * scheduler.init_noise_sigma
     height, width = (2 * side for side in noise.shape[-2:])
     sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=noise.dtype, device=device)
@@ -364,7 +492,7 @@ def inside(pipe, *, plan, rule="reuse", cut=None, sampler=closed_form) -> Iterat
     ``sampler`` gives (times, gains) for ``deferred``, from the scheduler and the run's first timestep.
     """
     denoiser = getattr(pipe, "transformer", None) or pipe.unet
-    oracle = Oracle(denoiser, plan, rule, cut, w=lambda: pipe.guidance_scale)
+    oracle = kind_of(cut)(denoiser, plan, rule, cut, w=lambda: pipe.guidance_scale)
 
     def half(value, index, batch):
         if isinstance(value, dict):

@@ -98,8 +98,8 @@ def test_is_frozen_and_keyword_only():
         (dict(policy="adaptive", plan="FP"), "--hybrid_plan", "drop it, or use fixed"),
         (dict(policy="adaptive", interval=5), "--hybrid_interval", "drop it, or use paper"),
         (dict(tau_cap=5), "--hybrid_tau_cap", "drop it, or use paper"),
-        (dict(stages=1), "--hybrid_stages", "drop the flag"),
-        (dict(stages=3), "--hybrid_stages", "drop the flag"),
+        (dict(stages=1), "--hybrid_stages", "even number"),
+        (dict(stages=3), "--hybrid_stages", "even number"),
     ],
     ids=str,
 )

@@ -205,7 +205,7 @@ def three():
 
 def test_three_ranks_are_refused(ranks):
     for outcome in ranks(3).outcomes(three):
-        assert "ValueError: hybrid-cond runs on 2 ranks (one a branch), but the group has 3" in outcome.error
+        assert "--hybrid_stages 2 (HybridConfig.stages) runs on 2 ranks, but the group has 3" in outcome.error
         assert "--nproc_per_node 2" in outcome.error
 
 

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "comm": {"partition"},
     "sequence": {"partition", "comm"},
     "graphs": {"partition"},
-    "executor": {"partition", "comm", "graphs"},
+    "executor": {"partition", "comm", "graphs", "plan"},
     "report": {"plan"},
     "hybrid": {
         *("discrepancy", "sampler", "plan", "guidance", "policies", "config"),

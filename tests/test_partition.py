@@ -53,10 +53,10 @@ def by_units(denoiser, given: dict) -> torch.Tensor:
 
 
 def segments(denoiser, given: dict) -> list[tuple]:
-    """(first unit, last unit, rank, age) of each segment."""
+    """(first unit, last unit, stage, age) of each segment."""
     anatomy = read(denoiser)
     found = anatomy.partition(given).segments
-    return [(anatomy.units[s.start].name, anatomy.units[s.stop - 1].name, s.rank, s.age) for s in found]
+    return [(anatomy.units[s.start].name, anatomy.units[s.stop - 1].name, s.stage, s.age) for s in found]
 
 
 DENOISERS = {
@@ -143,7 +143,7 @@ def test_the_inner_part_of_a_unet_reads_only_skips_of_its_own(name):
     denoiser = DENOISERS[name]()
     anatomy = read(denoiser)
     down, inner, up = anatomy.partition(inputs(denoiser)).segments
-    assert [(s.rank, s.age) for s in (down, inner, up)] == [(1, 0), (0, 0), (1, 1)]
+    assert [(s.stage, s.age) for s in (down, inner, up)] == [(1, 0), (0, 0), (1, 1)]
     skips = 0
     for unit in anatomy.units[inner.start : inner.stop]:
         skips += unit.pushes - unit.pops

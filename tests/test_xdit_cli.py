@@ -40,6 +40,9 @@ def launched(monkeypatch):
         ("--parallel hybrid-cond --ulysses_degree 2 --ring-degree 2", 8),
         ("--parallel hybrid-cond --data_parallel_degree 4", 8),
         ("--parallel hybrid-cond --data_parallel_degree 2 --ulysses-degree=4", 16),
+        ("--parallel hybrid-cond --hybrid_stages 2", 2),
+        ("--parallel hybrid-cond --hybrid_stages 4", 4),
+        ("--parallel hybrid-cond --hybrid-stages=4 --data_parallel_degree 2", 8),
     ],
 )
 def test_processes_are_counted(launched, model, flags, processes):
@@ -89,6 +92,15 @@ def test_processes_are_counted_where_there_are_gpus(launched, model, monkeypatch
             "--parallel hybrid-cond --ulysses_degree 2 --nproc_per_node 8",
             ("--ulysses_degree 4", "_parallel_degree 2 ("),
         ),
+        ("--parallel hybrid-cond --hybrid_stages 3", ("--hybrid_stages", "even number")),
+        ("--parallel hybrid-cond --hybrid_stages 4 --ulysses_degree 2", ("--hybrid_stages 4", "--ulysses_degree")),
+        ("--parallel hybrid-cond --hybrid_stages 4 --nproc_per_node 2", ("needs 4 processes, not 2",)),
+        (
+            "--parallel hybrid-cond --hybrid_stages 4 --nproc_per_node 8",
+            ("--hybrid_stages 8 (", "_parallel_degree 2 ("),
+        ),
+        ("--parallel hybrid-cond --nproc_per_node 8", ("--hybrid_stages 8 (",)),
+        ("--parallel cfg --hybrid_stages 4", ("--hybrid_stages", "--parallel hybrid-cond")),
         ("--parallel hybrid-cond --model emoji-sdxl --ring_degree 2", ("--ring_degree", "no sequence", "drop")),
         ("--parallel hybrid-cond --nproc_per_node 3", ("needs 2 processes, not 3", "--nproc_per_node=2")),
         ("--parallel hybrid-cond --model nothing", ("--model nothing", "emoji-sd3")),
@@ -297,6 +309,11 @@ def test_help(command):
             2,
             "--model m --prompt a b --seed 1 --use_cfg_parallel",
         ),
+        (
+            "--parallel hybrid-cond --hybrid_stages 4 s.py --model m",
+            4,
+            "--model m --pipefusion_parallel_degree 2 --use_cfg_parallel",
+        ),
         ("s.py --use-cfg-parallel --parallel cfg", 2, "--use-cfg-parallel"),
         ("s.py --parallel sequence --ring-degree=4", 4, "--ring-degree=4"),
         ("s.py --parallel sequence", 2, "--ulysses_degree 2"),
@@ -360,8 +377,12 @@ def test_the_pipelines_check_the_degrees():
         off = SimpleNamespace(use_fast_attn=False)
         return SimpleNamespace(parallel_config=parallel, runtime_config=off, fast_attn_config=off)
 
-    pipelines._check(engine())
+    two, four = HybridConfig(), HybridConfig(stages=4)
+    pipelines._check(engine(), two)
+    pipelines._check(engine(pp_degree=2), four)
     with pytest.raises(ValueError, match="--use_cfg_parallel"):
-        pipelines._check(engine(cfg_degree=1))
-    with pytest.raises(ValueError, match="--pipefusion_parallel_degree 2"):
-        pipelines._check(engine(pp_degree=2))
+        pipelines._check(engine(cfg_degree=1), two)
+    for hybrid, degree in ((two, 2), (four, 1), (four, 4)):
+        words = rf"--hybrid_stages {hybrid.stages} .*--pipefusion_parallel_degree, and that is {degree}"
+        with pytest.raises(ValueError, match=words):
+            pipelines._check(engine(pp_degree=degree), hybrid)

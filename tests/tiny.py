@@ -1,7 +1,7 @@
 """Pipelines with tiny random denoisers and no text encoders: they are called with prompt embeddings."""
 
 import inspect
-from functools import cache
+from functools import cache, partial
 
 import torch
 from diffusers import (
@@ -121,6 +121,8 @@ def sd15() -> StableDiffusionPipeline:
 
 
 PIPELINES = {"sd3": sd3, "sdxl": sdxl, "sd15": sd15}
+#: Deep enough for eight stages.
+DEEP = {"deep sd3": partial(sd3, layers=8)}
 
 
 def pipeline(name: str, device: str = "cpu") -> DiffusionPipeline:
@@ -130,7 +132,7 @@ def pipeline(name: str, device: str = "cpu") -> DiffusionPipeline:
 
 @cache
 def _pipeline(name: str, device: str) -> DiffusionPipeline:
-    pipe = PIPELINES[name]().to(device)
+    pipe = {**PIPELINES, **DEEP}[name]().to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -149,7 +151,7 @@ def prompt(name: str, count: int = 1, seed: int = 1) -> dict[str, torch.Tensor]:
 
 def noise(name: str, count: int = 1, size: tuple[int, int] = (16, 16), seed: int = 0) -> torch.Tensor:
     """Initial noise for the pipeline ``name``, [count, C, *size]; it is what `call` starts from."""
-    channels = 16 if name == "sd3" else 4
+    channels = 16 if "sd3" in name else 4
     return torch.randn(count, channels, *size, generator=torch.Generator().manual_seed(seed))
 
 

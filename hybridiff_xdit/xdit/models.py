@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -45,6 +46,15 @@ class _Model(xFuserModel):
     settings = ModelSettings(model_output_type="image")
     hybrid: HybridConfig | None = None
     checkpoint: Checkpoint
+
+    @classmethod
+    def with_hybrid(cls, hybrid: HybridConfig) -> type[_Model]:
+        """This class, running `hybrid`."""
+        # xDiT counts the ranks of a branch as its PipeFusion degree.
+        capabilities = replace(cls.capabilities, pipefusion_parallel_degree=True)
+        return type(
+            cls.__name__, (cls,), {"hybrid": hybrid, "capabilities": capabilities, "__module__": cls.__module__}
+        )
 
     def _customize_settings(self, config: xFuserArgs) -> None:
         self.checkpoint = checkpoint = resolve(config.model)

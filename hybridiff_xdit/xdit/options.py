@@ -81,7 +81,11 @@ _HYBRID_OPTIONS: dict[str, dict[str, Any]] = {
     "slope_threshold": {"type": float, "metavar": "G", "help": "fall per step at which the window starts"},
     "tau_cap": {"type": int, "metavar": "STEP", "help": "the latest step at which the window starts"},
     "plan": {"metavar": "PLAN", "help": "for 'fixed': F, P or S a step, or START-END/GAP such as 8-48/2, 8-48/2S"},
-    "stages": {"type": int, "metavar": "N", "help": "stages of a PIPELINED step"},
+    "stages": {
+        "type": int,
+        "metavar": "N",
+        "help": "processes a picture, each with a stage of a PIPELINED step; even (default: 2)",
+    },
     "balance": {
         "choices": ["time", "flops"],
         "help": "what makes the stages alike: their time, measured on the first run, or FLOPs (default: time)",
@@ -136,7 +140,7 @@ def prepare(args: argparse.Namespace, gpus: int, world_size: int | None = None) 
         ValueError: with the flag and the mend.
     """
     hybrid = read_config(args)
-    apply_strategy(args)
+    apply_strategy(args, hybrid)
     if args.nproc_per_node is None:
         args.nproc_per_node = (world_size or count_processes(args)) // args.nnodes
     check_processes(args, world_size or args.nproc_per_node * args.nnodes, args.nproc_per_node, gpus)
@@ -202,14 +206,17 @@ def read_config(args: argparse.Namespace) -> HybridConfig | None:
     """
     given = {name: getattr(args, f"hybrid_{name}") for name in _HYBRID_OPTIONS}
     if args.parallel == "hybrid-cond":
-        return HybridConfig(**given)
+        return HybridConfig(**{name: value for name, value in given.items() if value is not None})
     if flags := [f"--hybrid_{name}" for name, value in given.items() if value is not None]:
         raise ValueError(f"{', '.join(flags)} need --parallel hybrid-cond: add it, or drop them.")
     return None
 
 
-def apply_strategy(args: argparse.Namespace) -> None:
+def apply_strategy(args: argparse.Namespace, hybrid: HybridConfig | None) -> None:
     """Turn ``--parallel`` into xDiT's own flags, in place.
+
+    With more than two stages, xDiT's PipeFusion degree counts the ranks of a branch: xDiT then makes groups and numbers
+    ranks as for its own strategies. Its PipeFusion itself is not used.
 
     Raises:
         ValueError: hybrid-cond is combined with something that it does not support.
@@ -220,8 +227,14 @@ def apply_strategy(args: argparse.Namespace) -> None:
         args.ulysses_degree = 2
     if args.parallel == "pipefusion" and args.pipefusion_parallel_degree == 1:
         args.pipefusion_parallel_degree = 2
-    if args.parallel == "hybrid-cond":
+    if hybrid is not None:
         refuse_excluded(vars(args))
+        split = [f"--{name}" for name in SEQUENCE_DEGREES if getattr(args, name) > 1]
+        if hybrid.stages > 2 and split:
+            raise ValueError(
+                f"--hybrid_stages {hybrid.stages} cannot be combined with {' and '.join(split)} so far: drop one."
+            )
+        args.pipefusion_parallel_degree = hybrid.stages // 2
 
 
 def refuse_excluded(flags: Mapping[str, Any]) -> None:
@@ -258,8 +271,12 @@ def check_processes(args: argparse.Namespace, world_size: int, processes_here: i
         mend = f"use --nproc_per_node={needed}"
         if args.parallel == "hybrid-cond" and world_size % needed == 0:
             more = world_size // needed
-            degrees = [f"--{name} {more * getattr(args, name)}" for name in ("ulysses_degree", "data_parallel_degree")]
-            mend += f", or {degrees[0]} (one picture of an MMDiT), or {degrees[1]} (several pictures at once)"
+            stages = 2 * args.pipefusion_parallel_degree
+            if stages == 2:
+                mend += f", or --ulysses_degree {more * args.ulysses_degree} (one picture of an MMDiT)"
+            if args.ulysses_degree * args.ring_degree == 1:
+                mend += f", or --hybrid_stages {more * stages} (one picture)"
+            mend += f", or --data_parallel_degree {more * args.data_parallel_degree} (several pictures at once)"
         raise ValueError(f"{strategy} needs {needed} processes, not {world_size}: {mend}.")
     if 0 < gpus < processes_here:
         raise ValueError(

@@ -1,9 +1,10 @@
 """xDiT's SD3 and SDXL pipelines with `hybrid-cond` in place of xDiT's CFG parallelism.
 
 These run the diffusers pipeline that xDiT's wrap (as xDiT itself does on one process), with the denoiser hooked on
-xDiT's CFG group, and its tokens split over xDiT's sequence group. Every rank has whole latents; several prompts,
-several images a prompt and callbacks are then diffusers' own affair. Pictures are dealt out to xDiT's data parallel
-groups, each of which is such a pair of branches.
+xDiT's CFG group, and its tokens split over xDiT's sequence group. With more than two stages the ranks of a branch are
+xDiT's pipeline group, and those of both branches the hook's. Every rank has whole latents; several prompts, several
+images a prompt and callbacks are then diffusers' own affair. Pictures are dealt out to xDiT's data parallel groups,
+each of which is such a pair of branches.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
@@ -56,12 +58,12 @@ class HybridCond:
         return type(cls.__name__, (cls,), {"hybrid": hybrid, "model": model, "__module__": cls.__module__})
 
     def __init__(self, pipeline: DiffusionPipeline, engine_config: EngineConfig) -> None:
-        _check(engine_config)
+        _check(engine_config, self.hybrid)
         # Past xDiT's SDXL wrapper, which would patch the U-Net for its own CFG parallelism.
         xFuserPipelineBaseWrapper.__init__(self, pipeline, engine_config)
         if engine_config.runtime_config.use_torch_compile:
             compile_blocks(denoiser_of(self.module))
-        group = get_cfg_group().device_group
+        group = stage_group(self.hybrid.stages)
         hybrid = replace(self.hybrid, report=None) if get_data_parallel_rank() else self.hybrid
         apply_hybrid(self.module, hybrid, group=group, sequence=sequence_split(), model=self.model)
 
@@ -99,15 +101,27 @@ class HybridCond:
 
 
 class HybridStableDiffusion3Pipeline(HybridCond, xFuserStableDiffusion3Pipeline):
-    """SD3 and SD3.5 on two ranks or two sequence groups, one a branch."""
+    """SD3 and SD3.5 on two ranks, two sequence groups or two pipeline groups, one a branch."""
 
 
 class HybridStableDiffusionXLPipeline(HybridCond, xFuserStableDiffusionXLPipeline):
-    """SDXL on two ranks, one a branch."""
+    """SDXL on two ranks or two pipeline groups, one a branch."""
 
     def _init_runtime_state(self, pipeline: DiffusionPipeline, engine_config: EngineConfig) -> None:
         with many_pairs():
             super()._init_runtime_state(pipeline, engine_config)
+
+
+def stage_group(stages: int) -> dist.ProcessGroup:
+    """The group of ranks that have a stage of the same picture, uncond's first.
+
+    All processes must ask for it. xDiT numbers ranks by pipeline rank, then by branch, then by data parallel group.
+    """
+    if stages == 2:
+        return get_cfg_group().device_group
+    starts = range(0, dist.get_world_size(), stages)
+    groups = [dist.new_group(list(range(start, start + stages))) for start in starts]
+    return groups[dist.get_rank() // stages]
 
 
 def compile_blocks(denoiser: torch.nn.Module, **options: Any) -> None:
@@ -137,11 +151,10 @@ def many_pairs() -> Iterator[None]:
         runtime_state.UnetRuntimeState = limited
 
 
-def _check(engine_config: EngineConfig) -> None:
+def _check(engine_config: EngineConfig, hybrid: HybridConfig) -> None:
     parallel = engine_config.parallel_config
     refuse_excluded(
         {
-            "pipefusion_parallel_degree": parallel.pp_degree,
             "tensor_parallel_degree": parallel.tp_degree,
             "fully_shard_degree": parallel.fs_degree,
             "use_fast_attn": engine_config.fast_attn_config.use_fast_attn,
@@ -149,3 +162,9 @@ def _check(engine_config: EngineConfig) -> None:
     )
     if parallel.cfg_degree != 2:
         raise ValueError("hybrid-cond runs on xDiT's CFG group of two: add --use_cfg_parallel.")
+    if parallel.pp_degree != hybrid.stages // 2:
+        raise ValueError(
+            f"hybrid-cond with --hybrid_stages {hybrid.stages} (HybridConfig.stages) has {hybrid.stages // 2} ranks a "
+            f"branch, which xDiT counts as --pipefusion_parallel_degree, and that is {parallel.pp_degree}: make them "
+            "agree. (--parallel hybrid-cond does.)"
+        )

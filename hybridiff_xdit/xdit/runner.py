@@ -45,8 +45,8 @@ class HybridRunner(xFuserModelRunner):
             if self.hybrid:
                 raise
             return super()._select_model(model_name, config)
-        model = MODEL_REGISTRY[name](config)
-        model.hybrid = self.hybrid
+        model_class = MODEL_REGISTRY[name]
+        model = (model_class.with_hybrid(self.hybrid) if self.hybrid else model_class)(config)
         if self.strategy:  # pictures of two strategies must not overwrite each other
             model.settings.output_name += f"_{self.strategy}"
         return model

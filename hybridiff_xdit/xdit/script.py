@@ -62,7 +62,7 @@ def _translate(args: argparse.Namespace, script_args: list[str]) -> tuple[Hybrid
     flags = options.read_degrees(script_args)
     before = dict(vars(flags))
     flags.parallel = args.parallel
-    options.apply_strategy(flags)
+    options.apply_strategy(flags, hybrid)
     if hybrid is not None:
         world_size, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         options.check_processes(flags, world_size, here, count_gpus())

@@ -1,0 +1,65 @@
+"""More than two stages from xDiT: several processes make the pictures of one that plays them all."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import xdit_tiny
+from diffusers import DiffusionPipeline
+from PIL import Image
+from test_xdit_runs import ENV, TESTS, torchrun
+
+from hybridiff_xdit import HybridConfig, apply_hybrid
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PLAN = "FFFFFPPFSF"
+
+
+def simulated(folder, name, prompts):
+    """Pictures, [N, H, W, C] in [0, 1]."""
+    pipe = DiffusionPipeline.from_pretrained(folder / name, **xdit_tiny.ABSENT[name])
+    apply_hybrid(pipe, HybridConfig(plan=PLAN, stages=4), simulate=True)
+    call = {"height": 32, "width": 32, "num_inference_steps": 10, "guidance_scale": 5, "output_type": "np"}
+    return pipe(prompts, **call, generator=xdit_tiny.generator()).images
+
+
+@pytest.mark.parametrize(
+    ("name", "prompts", "flags"),
+    [
+        ("sdxl", ["a cat"], []),
+        ("sdxl", ["a cat", "two dogs", "red"], ["--data_parallel_degree", "2"]),
+    ],
+)
+def test_the_command(tmp_path, name, prompts, flags):
+    xdit_tiny.save(name, tmp_path)
+    command = [sys.executable, "-m", "hybridiff_xdit.xdit.cli", "--model", str(tmp_path / name), "--prompt", *prompts]
+    command += ["--parallel", "hybrid-cond", "--hybrid_stages", "4", "--hybrid_plan", PLAN, *flags]
+    command += ["--num_inference_steps", "10", "--guidance_scale", "5", "--seed", "42"]
+    command += ["--hybrid_report", str(tmp_path / "report")]
+    result = subprocess.run(command, env=ENV, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-4000:]
+    expected = simulated(tmp_path, name, prompts)
+    for i, picture in enumerate(expected):
+        found = Image.open(tmp_path / f"{name}_hybrid-cond_u1r1_tc_False_32x32_{i}.png")
+        assert abs(np.asarray(found) - 255 * picture).max() < 1  # one 8-bit level
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert (report["plan"], report["world_size"], len(report["bytes_sent"])) == (PLAN, 4, 4)
+
+
+def test_a_script_under_the_launcher(tmp_path):
+    xdit_tiny.save("sd3", tmp_path)
+    size = ("--height", 32, "--width", 32, "--num_inference_steps", 10, "--guidance_scale", 5)
+    script = (
+        TESTS / "xdit_cuda_shim.py",
+        TESTS / "xdit_sd3_script.py",
+        "--model",
+        tmp_path / "sd3",
+        "--prompt",
+        "a cat",
+    )
+    flags = ("--parallel", "hybrid-cond", "--hybrid_stages", 4, "--hybrid_plan", PLAN, "--hybrid_report", tmp_path)
+    torchrun("-m", "hybridiff_xdit.launch", *script, *size, *flags, processes=4, cwd=tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text())["plan"] == PLAN
