@@ -208,7 +208,8 @@ def _compare(
                     label = re.sub(r"[^\w.-]+", "_", f"{scenario} {name} rank {dist.get_rank()}")
                     _time(partial(_traced, call, args.trace / f"{label}.json"), device, host)
                 reports[name] = last_report(pipe)
-            if strategy.rival is not None:  # its pipeline is gone
+            if strategy.rival is not None:  # its pipeline must be gone before the next one's memory is measured
+                applied = found = callee = call = None
                 gc.collect()
                 torch.cuda.empty_cache()
     lines = []

@@ -252,7 +252,7 @@ def test_measured_time_moves_the_cut(noise):
     seconds = tuple(t * (1 + noise * torch.randn((), generator=generator).item()) for t in seconds)
     whole = sum(seconds)
     expected = min(range(1, 26), key=lambda cut: max(sum(seconds[:cut]), whole - sum(seconds[:cut])))
-    front, _ = anatomy.partition(given, seconds).segments
+    front, _ = anatomy.partition(given, seconds=seconds).segments
     assert front.stop == expected == 8
     assert anatomy.partition(given).segments[0].stop == 13
 
@@ -260,11 +260,11 @@ def test_measured_time_moves_the_cut(noise):
 def test_times_that_are_alike_leave_the_cut_of_the_flops(sdxl_of_real_size_):
     denoiser, given, partition = sdxl_of_real_size_
     anatomy = read(denoiser)
-    (flops, _), *_ = anatomy._found.counts.values()
+    (flops, *_), *_ = anatomy._found.counts.values()
     for seed in range(20):
         noise = torch.randn(len(flops), generator=torch.Generator().manual_seed(seed)).mul(0.005).add(1).tolist()
         seconds = tuple(count * factor for count, factor in zip(flops, noise, strict=True))
-        assert anatomy.partition(given, seconds).segments == partition.segments
+        assert anatomy.partition(given, seconds=seconds).segments == partition.segments
 
 
 def test_measuring_leaves_the_denoiser_as_it_was():

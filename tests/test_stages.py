@@ -239,6 +239,15 @@ def test_nothing_waits_in_a_circle(eight, name, plan):
     assert all(torch.equal(latents, alone) for latents, _ in outcomes)
 
 
+@pytest.mark.parametrize("plan", ["FFFPPPFFPF", "FPPPSFFSPP"])
+@pytest.mark.parametrize("name", ["sd3", "sdxl"])
+def test_nothing_waits_in_a_circle_with_two_stages(pair, name, plan):
+    outcomes = pair.run(blocking, name, {"plan": plan}, timeout=60)
+    assert outcomes[0][1] > 0.4
+    alone, _ = simulated(name, {"plan": plan})
+    assert all(torch.equal(latents, alone) for latents, _ in outcomes)
+
+
 # Where the cuts lie.
 
 
@@ -289,7 +298,7 @@ def test_no_other_cuts_are_better_balanced(name, stages):
                 if region.stop > nest[-1].stop and (region.start < nest[-1].start or region.start == 0)
             ]
         best = min((largest(nest), size(nest)) for nest in nests)
-        *found, last = anatomy._nest(stages, costs, shapes)
+        *found, last = anatomy._nest(stages, costs, None, shapes)
         assert last == whole
         assert (largest(found), size(found)) == best
 
