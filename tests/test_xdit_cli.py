@@ -163,6 +163,8 @@ def test_hybrid_cond_alone_takes_the_planners_best(launched, monkeypatch, capsys
         ("--ulysses-degree=1", 8, 2),
         ("--data-parallel-degree 2", 8, 4),
         ("--data_parallel_degree 1", 8, 2),
+        ("--hybrid_stages 4", 8, 4),
+        ("--hybrid-stages=2", 8, 2),
         ("--nproc_per_node 2", 8, 2),
         ("--nnodes 2 --master_port 1", 8, 1),
     ],
