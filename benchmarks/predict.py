@@ -25,6 +25,8 @@ def table(lines: list[dict]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for line in lines:
+        if line["strategy"].startswith("xdit"):  # not ours to predict
+            continue
         measured = statistics.median(line["seconds"]) / line.get("pictures", 1)
         predicted = prediction(line)
         is_graphed, is_split = any(line.get("pieces") or ()), "ulysses" in line["strategy"]
