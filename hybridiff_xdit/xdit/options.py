@@ -153,7 +153,7 @@ def prepare(args: argparse.Namespace, gpus: int, world_size: int | None = None) 
 def leaves_layout_open(args: argparse.Namespace, argv: list[str], gpus: int) -> bool:
     """Whether it is `choose_layout`'s to say how the GPUs of this machine are used.
 
-    It is not where a degree, a number of stages or of processes is given (1 too), nor where there are two GPUs or fewer.
+    It is not where a degree, a number of stages or of processes is given (1 too), nor with two GPUs or fewer.
     """
     given = {arg.partition("=")[0].lstrip("-").replace("-", "_") for arg in argv if arg.startswith("--")}
     is_chosen = given & {*PROCESS_DEGREES, "hybrid_stages"} or any(getattr(args, name) > 1 for name in PROCESS_DEGREES)
