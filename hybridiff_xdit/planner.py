@@ -510,7 +510,7 @@ def _cells(prediction: Prediction, machine: Machine) -> tuple[str, ...]:
     elif not layout.is_available:
         flags = "not in xDiT's order of ranks"
     elif layout.stages not in CHOSEN_STAGES:
-        flags += " (less close: see Quality)"
+        flags += " (less close: README, Stages)"
     return (
         str(layout.gpus),
         f"{layout.data} x {layout.sequence} x 2 x {layout.stages // 2}",
