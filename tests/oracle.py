@@ -90,6 +90,8 @@ class Oracle:
         w: tells the guidance scale of the step.
     """
 
+    taken = 1.0  # of the line beyond the last boundary
+
     def __init__(self, denoiser, plan, rule, cut, times=None, gains=None, w=lambda: 2.0):
         self.denoiser, self.plan, self.rule, self.cut = denoiser, plan, rule, cut
         self.times, self.gains, self.w = times, gains, w
@@ -209,7 +211,7 @@ class Oracle:
         if self.rule != "deferred" or len(known) < 2:
             return known[-1][1]
         (t0, first), (t1, second) = known[-2:]
-        share = (self.times[i] - t0) / (t1 - t0)
+        share = 1 + self.taken * (self.times[i] - t1) / (t1 - t0)
         if isinstance(first, tuple):
             return tuple(a + share * (b - a) for a, b in zip(first, second, strict=True))
         return first + share * (second - first)
@@ -222,12 +224,14 @@ class Staged(Oracle):
     cond: on a FULL step, or on a PIPELINED one after which another came. (All but the last are evaluated only then.)
 
     On a FULL step a rank has stages 2r and 2r + 1 of its branch. Stage 2r reads what stage 2r - 1 made on the last FULL
-    step, stage 2r + 1 what stage 2r makes now. The first FULL steps read nothing old.
+    step, stage 2r + 1 what stage 2r makes now. The first FULL steps read nothing old. With eight stages boundaries are
+    extrapolated half as far.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.stages = len(self.cut) + 1
+        self.taken = {4: 1.0, 8: 0.5}[self.stages]
         self.through = sd3_stages if self.is_sd3 else unet_stages
         self.known = {who: [[] for _ in range(self.stages)] for who in ("uncond", "cond", "pipelined")}
 

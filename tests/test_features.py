@@ -508,7 +508,7 @@ def test_one_rank_is_the_plain_result_and_one_warning():
         assert apply_hybrid(pipe, HybridConfig(plan=PLAN)) is pipe
         assert torch.equal(tiny.call(pipe, "sd3"), plain)
     assert state(pipe, pipe.transformer) == before
-    assert len(texts) == 1 and "two ranks" in texts[0]
+    assert len(texts) == 1 and "needs 2 ranks" in texts[0]
     assert last_report(pipe) is None
 
 
