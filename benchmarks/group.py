@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from hybridiff_xdit.comm import Comm, Transfer
 from hybridiff_xdit.sequence import SequenceSplit
+from hybridiff_xdit.xdit.compat import import_xfuser
 
 
 def join() -> torch.device:
@@ -79,17 +80,27 @@ class _Done:
         """Nothing to wait for."""
 
 
-def ulysses(pipe: Any) -> SequenceSplit:
-    """A split of a branch's tokens over half of the ranks, by xDiT's Ulysses attention on xDiT's groups."""
-    from hybridiff_xdit.xdit.sequence import sequence_split  # it makes xfuser importable without a GPU
-
-    from xfuser import xFuserArgs  # isort: skip
+def xdit_config(**flags: Any) -> Any:
+    """xDiT's configuration of all processes by its flags. Groups of another one are gone: xDiT has one at a time."""
+    xfuser: Any = import_xfuser()
     from xfuser.core import distributed
 
-    degree = dist.get_world_size() // 2
-    if not distributed.model_parallel_is_initialized():
+    parallel_state: Any = distributed.parallel_state
+    if parallel_state._WORLD is None:
         distributed.init_distributed_environment(backend=dist.get_backend())
-    engine_config, _ = xFuserArgs(model="", use_cfg_parallel=True, ulysses_degree=degree).create_config()
+    if distributed.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    engine_config, _ = xfuser.xFuserArgs(model="", **flags).create_config()
+    return engine_config
+
+
+def ulysses(pipe: Any) -> SequenceSplit:
+    """A split of a branch's tokens over half of the ranks, by xDiT's Ulysses attention on xDiT's groups."""
+    engine_config = xdit_config(use_cfg_parallel=True, ulysses_degree=dist.get_world_size() // 2)
+    from hybridiff_xdit.xdit.sequence import sequence_split
+
+    from xfuser.core import distributed  # isort: skip
+
     distributed.initialize_runtime_state(pipe, engine_config)
     split = sequence_split()
     if split is None:

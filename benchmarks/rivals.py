@@ -5,10 +5,9 @@ Each changes the pipeline it is given for good: hand it one of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
+import group
 import torch
 import torch.distributed as dist
 
@@ -34,23 +33,12 @@ def degrees(name: str, family: str) -> dict[str, Any] | None:
     }[name]
 
 
-@contextmanager
-def applied(name: str, pipe: Any, family: str, dtype: torch.dtype) -> Iterator[Any]:
+def apply(name: str, pipe: Any, family: str, dtype: torch.dtype) -> Any:
     """xDiT's wrapper of a diffusers pipeline, on groups made for it."""
-    xfuser: Any = import_xfuser()
-    from xfuser.core import distributed
-
-    parallel_state: Any = distributed.parallel_state
-    if parallel_state._WORLD is None:
-        distributed.init_distributed_environment(backend=dist.get_backend())
-    if distributed.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
     flags = degrees(name, family)
     assert flags is not None
-    engine_config, _ = xfuser.xFuserArgs(model="", **flags).create_config()
+    engine_config = group.xdit_config(**flags)
     engine_config.runtime_config.dtype = dtype
+    xfuser: Any = import_xfuser()
     wrapper = xfuser.xFuserStableDiffusionXLPipeline if family == "unet" else xfuser.xFuserStableDiffusion3Pipeline
-    try:
-        yield wrapper(pipe, engine_config)
-    finally:
-        parallel_state.destroy_model_parallel()
+    return wrapper(pipe, engine_config)

@@ -117,13 +117,12 @@ class Strategy(NamedTuple):
 
     @contextmanager
     def applied(
-        self, pipe: Any, place: group.Place, split: Any, scenario: str, device: torch.device, dtype: torch.dtype
+        self, pipe: Any, place: group.Place, scenario: str, device: torch.device, dtype: torch.dtype
     ) -> Iterator[tuple[Any, Graphs | None]]:
         """Set the pipeline up, or one for xDiT's strategy; yields what to call and what holds its graphs."""
         if self.rival is not None:
             family, another = SCENARIOS[scenario].family, SCENARIOS[scenario].pipeline(device, dtype)
-            with rivals.applied(self.rival, another, family, dtype) as wrapped:
-                yield wrapped, None
+            yield rivals.apply(self.rival, another, family, dtype), None
             return
         if self.config is None:
             with _graphed(pipe) if "graphs" in self.ways else nullcontext() as graphs:
@@ -132,7 +131,7 @@ class Strategy(NamedTuple):
         config = replace(self.config, cuda_graphs="eager" not in self.ways)
         is_alone = self.alone is not None
         with mock.patch.object(hybrid, "Solo", partial(group.Alone, self.alone)) if is_alone else nullcontext():
-            sequence = split if "ulysses" in self.ways else None
+            sequence = group.ulysses(pipe) if "ulysses" in self.ways else None
             apply_hybrid(pipe, config, group=place.pair, sequence=sequence, model=scenario, simulate=is_alone)
         try:
             yield pipe, getattr(pipe, hybrid._SESSION).graphs
@@ -190,14 +189,13 @@ def _compare(
 ) -> list[dict[str, Any]]:
     """One line a strategy."""
     arguments = dict(SCENARIOS[scenario].arguments(device, dtype), num_inference_steps=args.steps)
-    split = group.ulysses(pipe) if any("ulysses" in strategy.ways for strategy in strategies.values()) else None
     samples: dict[str, list[Sample]] = {name: [] for name in strategies}
     pieces: dict[str, dict[str, float]] = {}
     reports = {}
     for block in range(BLOCKS):
         for name, strategy in strategies.items():
             runs_here = strategy.runs_here(place)
-            applied = strategy.applied(pipe, place, split, scenario, device, dtype) if runs_here else nullcontext()
+            applied = strategy.applied(pipe, place, scenario, device, dtype) if runs_here else nullcontext()
             with applied as found:
                 callee, graphs = found or (None, None)
                 call = partial(_call, callee, arguments) if runs_here else _wait

@@ -76,6 +76,16 @@ def test_xdits_own_strategies_are_timed_beside_ours(tmp_path):
     assert all(len(line["seconds"]) == 2 and min(line["seconds"]) > 0 for line in lines)
 
 
+def test_xdits_strategy_leaves_ours_its_groups(tmp_path):
+    """Both use xDiT's groups; the second block of ours comes after xDiT's."""
+    out = tmp_path / "times.jsonl"
+    flags = ("--steps", 4, "--repeats", 2, "--out", out, "--strategy", "cfg, ulysses", "xdit cfg")
+    torchrun(BENCHMARKS / "run.py", "--scenario", "sd3-tiny", *flags, processes=4)
+    ours, xdits = map(json.loads, out.read_text().splitlines())
+    assert (ours["plan"], xdits["plan"]) == ("FFFF", None)
+    assert len(ours["seconds"]) == len(xdits["seconds"]) == 2
+
+
 def test_one_process_cannot_be_two(tmp_path):
     flags = ("--scenario", "sdxl-tiny", "--strategy", "cfg", "--out", tmp_path / "times.jsonl")
     result = torchrun(BENCHMARKS / "run.py", *flags, processes=1, check=False)
