@@ -14,6 +14,7 @@ from diffusers import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
+from hybridiff_xdit.denoisers import SD3_MEDIUM, SD35_MEDIUM, SDXL, build
 from hybridiff_xdit.partition import read
 
 
@@ -158,25 +159,13 @@ def on_meta(model: type, **config) -> torch.nn.Module:
 
 
 def sdxl_of_real_size() -> UNet2DConditionModel:
-    return on_meta(
-        UNet2DConditionModel,
-        sample_size=128,
-        block_out_channels=(320, 640, 1280),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=(5, 10, 20),
-        cross_attention_dim=2048,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    )
+    with torch.device("meta"):
+        return build(SDXL)
 
 
-def sd3_of_real_size(**config) -> SD3Transformer2DModel:
-    settings = dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192)
-    return on_meta(SD3Transformer2DModel, **{**settings, **config})
+def sd3_of_real_size(settings=SD3_MEDIUM) -> SD3Transformer2DModel:
+    with torch.device("meta"):
+        return build(settings)
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +222,7 @@ def sd3_flops(layers: int, cut: int, width: int, image: int, text: int) -> tuple
 
 def test_sd35_counts_its_second_attention():
     """SD3.5-medium: the first 13 of 24 blocks have one more attention, so the cut lies before the middle."""
-    denoiser = sd3_of_real_size(dual_attention_layers=tuple(range(13)), qk_norm="rms_norm", pos_embed_max_size=384)
+    denoiser = sd3_of_real_size(SD35_MEDIUM)
     given = inputs(denoiser, (128, 128), tokens=333, device="meta")
     partition = read(denoiser).partition(given)
     assert segments(denoiser, given)[0][1] in ("transformer_blocks.9", "transformer_blocks.10")
