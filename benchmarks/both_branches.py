@@ -1,7 +1,8 @@
-"""Both branches pipelined, as AsyncDiff does: a baseline made of two of the engine's executors, one a branch.
+"""Both branches pipelined, as AsyncDiff does: a baseline made of the engine's executor, which is given the CFG batch.
 
-After a warm-up of FULL steps every step evaluates both branches, each through the stages, stage 1 reading the boundary
-that stage 0 made a step before. That costs two evaluations of the network on two ranks: F a step, like FULL.
+After a warm-up, in which each rank evaluates the whole network for both branches, every step evaluates both branches
+through two stages, stage 1 reading the boundary that stage 0 made a step before. That is two evaluations of the network
+on two ranks, as a FULL step's.
 """
 
 from __future__ import annotations
@@ -13,54 +14,54 @@ from typing import Any
 
 import torch
 
-from hybridiff_xdit.comm import Solo
+from hybridiff_xdit.comm import Comm
 from hybridiff_xdit.executor import Executor
 from hybridiff_xdit.graphs import Graphs
 from hybridiff_xdit.hybrid import denoiser_of
-from hybridiff_xdit.partition import map_tensors, read
+from hybridiff_xdit.partition import read
 
 
 @contextmanager
-def both_branches(pipe: Any, warm_up: int) -> Iterator[None]:
-    """Let one call of the pipeline run so, on one process that plays both ranks.
+def both_branches(pipe: Any, warm_up: int, comm: Comm, is_timed: bool = False) -> Iterator[Graphs]:
+    """Let the pipeline's calls run so, on two ranks or on one process that plays both.
 
     Args:
         pipe: a diffusers pipeline with guidance on.
-        warm_up: FULL steps at the start, 1 or more.
+        warm_up: steps at the start that are not pipelined, 1 or more.
+        comm: the two ranks, or `Solo`.
+        is_timed: whether the stages are balanced by time, where that can be measured.
+
+    Yields:
+        What holds its graphs.
     """
     denoiser = denoiser_of(pipe)
     original, signature = denoiser.forward, inspect.signature(type(denoiser).forward)
-    executors = [Executor(read(denoiser), Solo(), Graphs(denoiser)) for _ in range(2)]
+    graphs = Graphs(denoiser)
+    executor = Executor(read(denoiser), comm, graphs)
     step = 0
 
     def forward(*args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
         nonlocal step
         inputs = {**signature.bind(None, *args, **kwargs).arguments, "return_dict": False}
         inputs.pop("self")
-        predictions = []
-        for index, executor in enumerate(executors):
-            branch = _half(inputs, index)
-            both: Any = {"uncond": branch, "cond": branch}
-            if step == 0:
-                executor.prepare(branch)
-                executor.graphs.begin(next(denoiser.parameters()).device)
-            if step < warm_up:
-                predictions.append(executor.full(original, both, branch, float(step), extrapolate=False).pred_c)
-            else:
-                predictions.append(executor.pipelined(both, "cond", float(step), hand_over=True, extrapolate=False))
+        both: Any = {"uncond": inputs, "cond": inputs}
+        if step == 0:
+            executor.prepare(inputs, is_timed)
+            graphs.begin(next(denoiser.parameters()).device)
+        if step < warm_up:
+            pred = executor.full(original, both, inputs, float(step), extrapolate=False).pred_c
+        else:
+            pred = executor.pipelined(both, "cond", float(step), hand_over=True, extrapolate=False)
         step += 1
-        return (torch.cat(predictions),)  # [2B, C, H, W]
+        if step == pipe.num_timesteps:
+            executor.drain()
+            step = 0
+        return (pred,)  # [2B, C, H, W]
 
     denoiser.forward = forward
     try:
-        yield
+        yield graphs
     finally:
         del denoiser.forward
-        for executor in executors:
-            executor.drain()
-
-
-def _half(inputs: dict[str, Any], index: int) -> dict[str, Any]:
-    """The arguments of one branch, batch B, from those of [uncond, cond], batch 2B."""
-    batch = (inputs["sample"] if "sample" in inputs else inputs["hidden_states"]).shape[0]
-    return map_tensors(lambda t: t.chunk(2)[index] if t.ndim and t.shape[0] == batch else t, inputs)
+        executor.drain()
+        graphs.clear()

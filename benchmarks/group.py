@@ -106,3 +106,10 @@ def ulysses(pipe: Any) -> SequenceSplit:
     if split is None:
         raise SystemExit("The strategies with ulysses need 4 processes or more: --nproc_per_node 4.")
     return split
+
+
+def split_decoder(vae: Any, ranks: dist.ProcessGroup) -> None:
+    """Split a VAE's decoder over a group of ranks, by DistVAE as xDiT has it; it is another module from then on."""
+    from distvae.vae.parallel import parallelize_decoder
+
+    parallelize_decoder(vae, ranks)

@@ -35,6 +35,7 @@ from measures import Judge, psnr
 from torch import Tensor
 
 from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
+from hybridiff_xdit.comm import Solo
 from hybridiff_xdit.config import TOLERANCE
 from hybridiff_xdit.plan import PAPER_PRESETS
 
@@ -229,7 +230,7 @@ class Studio:
         with _applied(pipe, run):
             for start in range(0, count, batch):
                 stop = min(start + batch, count)
-                with both_branches(pipe, run.warm_up) if isinstance(run, BothBranches) else nullcontext():
+                with both_branches(pipe, run.warm_up, Solo()) if isinstance(run, BothBranches) else nullcontext():
                     pictures = pipe(
                         num_inference_steps=steps,
                         guidance_scale=cell.guidance,

@@ -5,38 +5,72 @@ import statistics
 import sys
 from pathlib import Path
 
+HEAD = (
+    "scenario",
+    "strategy",
+    "denoising loop, s, median (min - max)",
+    "loop over one GPU, eager / graphs / xDiT's best",
+    "of floor",
+    "bound",
+    "FULL + PIPELINED + SKIPPED",
+    "whole call, s",
+    "after the loop, s",
+    "MB sent, rank 0 / 1",
+    "GPU idle in the loop, %, rank 0 / 1",
+    "peak GiB, rank 0 / 1",
+)
+
 
 def table(lines: list[dict]) -> str:
-    """The table, one row a scenario and strategy; speed-ups are over ``one-gpu`` of the same scenario and run.
+    """The table, one row a scenario and strategy. Seconds are per picture; baselines are of the same scenario and run.
 
-    The floor is that of `run.py`; "of floor" is the denoising loop's median over it.
+    The floor, and where the loop begins and ends, are those of `run.py`. Peak memory is that up to the loop's end,
+    without text encoders and VAE.
     """
-    rows = [
-        "| scenario | strategy | s per picture, median (min - max) | over one GPU, eager / graphs | of floor | bound "
-        "| FULL + PIPELINED + SKIPPED | MB sent, rank 0 / 1 | peak GiB, rank 0 / 1 |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    medians = {(line["scenario"], line["strategy"]): statistics.median(line["seconds"]) for line in lines}
+    rows = [_row(HEAD), _row(["---"] * len(HEAD))]
+    loops = {(line["scenario"], line["strategy"]): statistics.median(_loop(line)) for line in lines}
     for line in lines:
-        seconds, plan = [second / line.get("pictures", 1) for second in line["seconds"]], line["plan"] or ""
-        bases = [medians.get((line["scenario"], name)) for name in ("one-gpu", "one-gpu, graphs")]
-        speedup = " / ".join(f"{base / statistics.median(seconds):.2f}" if base else "-" for base in bases)
-        loop = statistics.median(line.get("loop") or line["seconds"])
-        floor = f"{loop / line['floor']:.2f}" if line.get("floor") else ""
-        kinds = " + ".join(str(plan.count(letter)) for letter in "FPS") if plan else ""
-        sent = " / ".join(f"{count / 1e6:.1f}" for count in line["bytes_sent"] or [])
-        bound = f"{line['speedup_bound']:.2f}" if plan else ""
-        memory = line["peak_memory"][:1] if line["strategy"].startswith("one-gpu") else line["peak_memory"]
-        peak = " / ".join(f"{count / 2**30:.2f}" for count in memory)
-        time = f"{statistics.median(seconds):.2f} ({min(seconds):.2f} - {max(seconds):.2f})"
-        cells = [line["scenario"], line["strategy"], time, speedup, floor, bound, kinds, sent, peak]
-        rows.append(f"| {' | '.join(cells)} |")
+        scenario, plan, ranks = line["scenario"], line["plan"] or "", 1 if line["strategy"].startswith("one-gpu") else 2
+        loop = _loop(line)
+        xdit = [loops[key] for key in loops if key[0] == scenario and key[1].startswith("xdit")]
+        bases = [*(loops.get((scenario, name)) for name in ("one-gpu", "one-gpu, graphs")), min(xdit, default=None)]
+        after = line.get("after")
+        idle = [share for share in line.get("idle", [])[:ranks] if share is not None]
+        rows.append(
+            _row(
+                [
+                    scenario,
+                    line["strategy"],
+                    f"{statistics.median(loop):.3f} ({min(loop):.3f} - {max(loop):.3f})",
+                    " / ".join(f"{base / statistics.median(loop):.2f}" if base else "-" for base in bases),
+                    f"{statistics.median(loop) * line['pictures'] / line['floor']:.2f}" if line.get("floor") else "",
+                    f"{line['speedup_bound']:.2f}" if plan else "",
+                    " + ".join(str(plan.count(letter)) for letter in "FPS") if plan else "",
+                    f"{statistics.median(line['seconds']) / line['pictures']:.3f}",
+                    f"{statistics.median(after) / line['pictures']:.3f}" if after and line["whole"] else "",
+                    " / ".join(f"{count / 1e6:.1f}" for count in line["bytes_sent"] or []),
+                    " / ".join(f"{100 * share:.0f}" for share in idle),
+                    " / ".join(f"{count / 2**30:.2f}" for count in line["peak_memory"][:ranks]),
+                ]
+            )
+        )
     first = lines[0]
+    to = "from the prompt to the picture" if first.get("whole") else "latents out"
     head = (
         f"{first['device']}, {first['dtype']}, torch {first['torch']}, diffusers {first['diffusers']}, "
-        f"{first['steps']} steps, {len(first['seconds'])} repeats after a warm-up, latents out, random weights.\n\n"
+        f"{first['steps']} steps, {len(first['seconds'])} repeats after a warm-up, {to}, "
+        f"weights: {first.get('weights', 'random')}.\n\n"
     )
     return head + "\n".join(rows) + "\n"
+
+
+def _loop(line: dict) -> list[float]:
+    """Seconds per picture."""
+    return [seconds / line["pictures"] for seconds in line["loop"]]
+
+
+def _row(cells: list[str] | tuple[str, ...]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

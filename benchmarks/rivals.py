@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import group
-import torch
 import torch.distributed as dist
 
 from hybridiff_xdit.xdit.compat import import_xfuser
@@ -33,12 +32,12 @@ def degrees(name: str, family: str) -> dict[str, Any] | None:
     }[name]
 
 
-def apply(name: str, pipe: Any, family: str, dtype: torch.dtype) -> Any:
+def apply(name: str, pipe: Any, family: str, is_decoder_split: bool) -> Any:
     """xDiT's wrapper of a diffusers pipeline, on groups made for it."""
     flags = degrees(name, family)
     assert flags is not None
-    engine_config = group.xdit_config(**flags)
-    engine_config.runtime_config.dtype = dtype
+    engine_config = group.xdit_config(**flags, use_parallel_vae=is_decoder_split)
+    engine_config.runtime_config.dtype = pipe.dtype
     xfuser: Any = import_xfuser()
     wrapper = xfuser.xFuserStableDiffusionXLPipeline if family == "unet" else xfuser.xFuserStableDiffusion3Pipeline
     return wrapper(pipe, engine_config)

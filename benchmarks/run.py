@@ -1,6 +1,7 @@
 """Time the strategies beside one another, in one run on the same devices.
 
     torchrun --nproc_per_node 2 benchmarks/run.py --scenario sdxl-1024 sd3-medium-1024 --out times.jsonl
+    torchrun --nproc_per_node 2 benchmarks/run.py --scenario sdxl-2048 --whole --strategy one-gpu cfg "cfg, vae"
     torchrun --nproc_per_node 8 benchmarks/run.py --strategy one-gpu cfg "cfg, ulysses" "adaptive 2.5, pairs"
     torchrun --nproc_per_node 1 benchmarks/run.py --strategy one-gpu "fixed 8-48/4, rank 0" "fixed 8-48/4, rank 1"
     python benchmarks/report.py times.jsonl
@@ -8,18 +9,21 @@
 A strategy is a configuration and, after commas, how it is run:
 
     eager     without CUDA graphs; ``one-gpu`` is eager unless ``one-gpu, graphs`` is asked for
+    compiled  the transformer blocks by ``torch.compile``
+    vae       the VAE's decoder split over the ranks of a picture, by DistVAE; with ``--whole``
     ulysses   on all ranks for one picture (MMDiTs); without it, more than two ranks leave all but the first pair idle
     pairs     on all ranks, a picture a pair
     rank 0    what rank 0 does, without a peer: the pictures are wrong and nothing is exchanged, all else is done.
               Needs one GPU; what a second one would change is the time of the exchanges.
 
-``one-gpu`` is the pipeline as it is, on rank 0, while the others wait on the host. ``xdit cfg``, ``xdit ulysses`` and
-``xdit pipefusion`` are xDiT's own strategies on all processes, where it has them for the model (`rivals.py`).
+``one-gpu`` is the pipeline as it is, on rank 0, while the others wait on the host. ``both branches`` pipelines both, as
+AsyncDiff does (`both_branches.py`). ``xdit cfg``, ``xdit ulysses`` and ``xdit pipefusion`` are xDiT's own strategies on
+all processes, where it has them for the model (`rivals.py`).
 
 Each strategy has two blocks of repeats, each after a warm-up of its own, and the blocks take turns, so that a drift of
 the machine falls on all alike. The *floor* of a strategy is the time of its graphs alone, replayed one after the other:
 FULL steps times a branch's forward, plus PIPELINED steps times the slower rank's share. It is compared with the
-denoising *loop*: the pipeline's call from where its progress bar begins.
+denoising *loop*: from where the pipeline's progress bar begins to where it ends.
 """
 
 from __future__ import annotations
@@ -29,13 +33,11 @@ import gc
 import json
 import platform
 import re
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -43,11 +45,14 @@ from unittest import mock
 import diffusers
 import group
 import rivals
+import timing
 import torch
 import torch.distributed as dist
+from both_branches import both_branches
 from scenarios import SCENARIOS
 
 from hybridiff_xdit import HybridConfig, apply_hybrid, hybrid, last_report, remove_hybrid
+from hybridiff_xdit.comm import Comm
 from hybridiff_xdit.graphs import Graphs
 from hybridiff_xdit.hybrid import denoiser_of
 
@@ -61,17 +66,19 @@ CONFIGS: dict[str, HybridConfig | None] = {
     "adaptive 2.5": HybridConfig(speedup=2.5),
     "adaptive 2.85": HybridConfig(speedup=2.85),
 }
-WAYS = ("eager", "graphs", "ulysses", "pairs", "rank 0", "rank 1")
+BOTH_BRANCHES = "both branches"
+#: Its steps before both branches are pipelined: AsyncDiff's fewest.
+WARM_UP = 1
+WAYS = ("eager", "graphs", "compiled", "vae", "ulysses", "pairs", "rank 0", "rank 1")
 BLOCKS = 2
 
 
 class Strategy(NamedTuple):
-    """A configuration (None: the pipeline as it is, or xDiT's) and the ways to run it, as named on the command line."""
+    """What is run (of `CONFIGS` or `rivals`, or `BOTH_BRANCHES`), and the ways to run it, as on the command line."""
 
     name: str
-    config: HybridConfig | None
+    base: str
     ways: list[str]
-    rival: str | None = None
 
     @classmethod
     def parse(cls, name: str) -> Strategy:
@@ -80,21 +87,29 @@ class Strategy(NamedTuple):
         Raises:
             argparse.ArgumentTypeError: it is none.
         """
-        config, *ways = name.split(", ")
-        if name in rivals.NAMES:
-            return cls(name, None, [], name)
-        if config not in CONFIGS or not set(ways) <= set(WAYS):
-            names = ", ".join([*CONFIGS, *rivals.NAMES])
+        base, *ways = name.split(", ")
+        allowed = {way for way in WAYS if base in CONFIGS or way == "vae"} - ({"vae"} if base == "one-gpu" else set())
+        names = [*CONFIGS, BOTH_BRANCHES, *rivals.NAMES]
+        if base not in names or not set(ways) <= allowed:
             raise argparse.ArgumentTypeError(
-                f"{name!r}: give one of {names}, and after commas any of {', '.join(WAYS)}"
+                f"{name!r}: give one of {', '.join(names)}, and after commas any of {', '.join(WAYS)} (after "
+                f"{BOTH_BRANCHES!r} and xDiT's own, 'vae' alone)"
             )
-        return cls(name, CONFIGS[config], ways)
+        return cls(name, base, ways)
+
+    @property
+    def config(self) -> HybridConfig | None:
+        return CONFIGS.get(self.base)
+
+    @property
+    def is_rival(self) -> bool:
+        return self.base in rivals.NAMES
 
     def runs_here(self, place: group.Place) -> bool:
         """Whether this rank has a part in it."""
         if not self.needs_peer:
             return dist.get_rank() == 0
-        return self.rival is not None or "ulysses" in self.ways or "pairs" in self.ways or place.first
+        return self.is_rival or "ulysses" in self.ways or "pairs" in self.ways or place.first
 
     @property
     def alone(self) -> int | None:
@@ -103,38 +118,63 @@ class Strategy(NamedTuple):
 
     @property
     def needs_peer(self) -> bool:
-        return self.rival is not None or (self.config is not None and self.alone is None)
+        return self.base != "one-gpu" and self.alone is None
 
     def is_offered(self, family: str) -> bool:
         """Whether the family can be run so."""
-        if self.rival is not None:
-            return rivals.degrees(self.rival, family) is not None
+        if self.is_rival:
+            return rivals.degrees(self.base, family) is not None
         return family == "mmdit" or "ulysses" not in self.ways
 
     @property
     def pictures(self) -> int:
         return dist.get_world_size() // 2 if "pairs" in self.ways else 1
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether a run of fewer steps does not do what a run of all does, and so does not warm up for it."""
+        return self.config is not None and self.config.policy != "cfg"
+
+    def plan(self, steps: int, report: dict[str, Any] | None) -> str:
+        """Letters of its steps; F where each evaluates both branches as they are."""
+        if self.base == BOTH_BRANCHES:
+            return "F" * WARM_UP + "P" * (steps - WARM_UP)
+        return report["plan"] if report else "F" * steps
+
     @contextmanager
-    def applied(
-        self, pipe: Any, place: group.Place, scenario: str, device: torch.device, dtype: torch.dtype
-    ) -> Iterator[tuple[Any, Graphs | None]]:
-        """Set the pipeline up, or one for xDiT's strategy; yields what to call and what holds its graphs."""
-        if self.rival is not None:
-            family, another = SCENARIOS[scenario].family, SCENARIOS[scenario].pipeline(device, dtype)
-            yield rivals.apply(self.rival, another, family, dtype), None
+    def applied(self, pipe: Any, place: group.Place, name: str) -> Iterator[tuple[Any, Graphs | None]]:
+        """Set the pipeline up, or one beside it for xDiT's strategy; yields what to call and what holds its graphs."""
+        scenario = SCENARIOS[name]
+        if self.is_rival:
+            with _kept_decoder(pipe):
+                is_split = "vae" in self.ways
+                yield rivals.apply(self.base, scenario.beside(pipe), scenario.family, is_split), None
+            return
+        with ExitStack() as undo:
+            if "compiled" in self.ways:
+                undo.enter_context(_compiled(pipe))
+            if "vae" in self.ways:
+                undo.enter_context(_kept_decoder(pipe))
+                group.split_decoder(pipe.vae, place.pair)
+            yield pipe, undo.enter_context(self._graphs(pipe, place, name))
+
+    @contextmanager
+    def _graphs(self, pipe: Any, place: group.Place, name: str) -> Iterator[Graphs | None]:
+        if self.base == BOTH_BRANCHES:
+            with both_branches(pipe, WARM_UP, Comm(place.pair), is_timed=True) as graphs:
+                yield graphs
             return
         if self.config is None:
-            with _graphed(pipe) if "graphs" in self.ways else nullcontext() as graphs:
-                yield pipe, graphs
+            with _graphed(pipe) if "graphs" in self.ways else nullcontext() as found:
+                yield found
             return
         config = replace(self.config, cuda_graphs="eager" not in self.ways)
         is_alone = self.alone is not None
         with mock.patch.object(hybrid, "Solo", partial(group.Alone, self.alone)) if is_alone else nullcontext():
             sequence = group.ulysses(pipe) if "ulysses" in self.ways else None
-            apply_hybrid(pipe, config, group=place.pair, sequence=sequence, model=scenario, simulate=is_alone)
+            apply_hybrid(pipe, config, group=place.pair, sequence=sequence, model=name, simulate=is_alone)
         try:
-            yield pipe, getattr(pipe, hybrid._SESSION).graphs
+            yield getattr(pipe, hybrid._SESSION).graphs
         finally:
             remove_hybrid(pipe)
 
@@ -145,30 +185,40 @@ def main() -> None:
     usual = [Strategy.parse(name) for name in ("one-gpu", "one-gpu, graphs", "cfg", "paper")]
     parser.add_argument("--strategy", nargs="+", type=Strategy.parse, default=usual)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--repeats", type=int, default=4, help="in all, half of them in each block")
+    parser.add_argument("--repeats", type=int, default=4, help="in all, spread evenly over the blocks")
+    parser.add_argument("--blocks", type=int, default=BLOCKS, help="of repeats; each strategy is set up anew for each")
+    parser.add_argument(
+        "--warm-up", type=int, metavar="STEPS", help="of a block's first call, where fewer do (default: all)"
+    )
+    parser.add_argument(
+        "--whole", action="store_true", help="from the prompt to the picture: with text encoders and VAE of real size"
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="a local diffusers folder, in place of random weights"
+    )
+    parser.add_argument("--idle", action="store_true", help="one more, profiled: how long the GPU runs no kernel")
     parser.add_argument(
         "--trace", type=Path, metavar="DIR", help="one more, profiled: a Chrome trace a strategy and rank"
     )
     parser.add_argument("--out", type=Path, default=Path("times.jsonl"), help="one JSON line a scenario and strategy")
     args = parser.parse_args()
     strategies = {strategy.name: strategy for strategy in args.strategy}
+    if not args.whole and (split := [name for name, strategy in strategies.items() if "vae" in strategy.ways]):
+        parser.error(f"{', '.join(map(repr, split))}: nothing is decoded; add --whole.")
 
-    Loop.watch()
     device = group.join()
+    loop = timing.Loop(device)
     host = dist.new_group(backend="gloo")
     place = group.Place.of()
     if dist.get_world_size() == 1 and (paired := [name for name, s in strategies.items() if s.needs_peer]):
         raise SystemExit(f"One process cannot run {', '.join(map(repr, paired))}: use two, or ', rank 0'.")
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
 
     if dist.get_rank() == 0:
         args.out.write_text("")
-    for scenario in args.scenario:
-        pipe = SCENARIOS[scenario].pipeline(device, dtype)
-        family = SCENARIOS[scenario].family
+    for name in args.scenario:
+        family = SCENARIOS[name].family
         chosen = {name: strategy for name, strategy in strategies.items() if strategy.is_offered(family)}
-        lines = _compare(pipe, scenario, chosen, device, dtype, host, place, args)
-        del pipe
+        lines = _compare(name, chosen, loop, device, host, place, args)
         if device.type == "cuda":
             torch.cuda.empty_cache()
         if dist.get_rank() == 0:
@@ -178,64 +228,76 @@ def main() -> None:
 
 
 def _compare(
-    pipe: Any,
     scenario: str,
     strategies: dict[str, Strategy],
+    loop: timing.Loop,
     device: torch.device,
-    dtype: torch.dtype,
     host: dist.ProcessGroup,
     place: group.Place,
     args: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     """One line a strategy."""
-    arguments = dict(SCENARIOS[scenario].arguments(device, dtype), num_inference_steps=args.steps)
-    samples: dict[str, list[Sample]] = {name: [] for name in strategies}
-    pieces: dict[str, dict[str, float]] = {}
-    reports = {}
-    for block in range(BLOCKS):
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    pipe = SCENARIOS[scenario].pipeline(device, dtype, whole=args.whole, checkpoint=args.checkpoint)
+    arguments = dict(SCENARIOS[scenario].arguments(pipe), num_inference_steps=args.steps)
+    found = {name: _Found([], [], {}, None, None) for name in strategies}
+    for block in range(args.blocks):
         for name, strategy in strategies.items():
-            runs_here = strategy.runs_here(place)
-            applied = strategy.applied(pipe, place, scenario, device, dtype) if runs_here else nullcontext()
-            with applied as found:
-                callee, graphs = found or (None, None)
-                call = partial(_call, callee, arguments) if runs_here else _wait
-                _time(call, device, host)
-                samples[name] += [_time(call, device, host) for _ in range(args.repeats // BLOCKS)]
-                pieces[name] = _time_pieces(graphs)
-                if args.trace and block == 0:
-                    label = re.sub(r"[^\w.-]+", "_", f"{scenario} {name} rank {dist.get_rank()}")
-                    _time(partial(_traced, call, args.trace / f"{label}.json"), device, host)
-                reports[name] = last_report(pipe)
-            if strategy.rival is not None:  # its pipeline must be gone before the next one's memory is measured
-                applied = found = callee = call = None
-                gc.collect()
+            gc.collect()  # xDiT's pipeline, if one was before, must be gone before the next one's memory is measured
+            if device.type == "cuda":
                 torch.cuda.empty_cache()
+            runs_here = strategy.runs_here(place)
+            with (
+                strategy.applied(pipe, place, scenario) if runs_here else nullcontext((None, None)) as (callee, graphs)
+            ):
+                call = partial(_call, callee, arguments) if runs_here else _wait
+                is_short = args.warm_up is not None and not strategy.depends_on_length
+                steps = {"num_inference_steps": args.warm_up} if is_short else {}
+                warm_up = partial(_call, callee, {**arguments, **steps}) if runs_here else _wait
+                # The most memory until the loop's end, before a decoder has left its own behind.
+                memory = timing.measure(warm_up, loop, device, host).memory
+                spare = _bytes_beside(pipe, strategy) if memory else 0
+                samples = [timing.measure(call, loop, device, host) for _ in range(args.repeats // args.blocks)]
+                report = last_report(pipe)
+                idle = timing.idle_share(call, loop, device) if args.idle and not block else found[name].idle
+                found[name] = _Found(
+                    found[name].samples + samples,
+                    [*found[name].memory, memory - spare],
+                    timing.seconds_of_pieces(graphs),
+                    report,
+                    idle,
+                )
+                if args.trace and not block:
+                    label = re.sub(r"[^\w.-]+", "_", f"{scenario} {name} rank {dist.get_rank()}")
+                    timing.trace(call, args.trace / f"{label}.json")
+                callee = graphs = call = warm_up = None  # it ends with the block
     lines = []
-    for name in strategies:
+    for name, strategy in strategies.items():
         gathered: list[Any] = [None] * dist.get_world_size()
-        mine = (samples[name], pieces[name], reports[name])
-        dist.all_gather_object(gathered, mine, group=host)
-        report = next((report for *_, report in gathered if report), None)
-        # Beside xDiT's pipeline lies ours.
-        weights = denoiser_of(pipe).parameters()
-        spare = sum(t.nbytes for t in weights) if strategies[name].rival and device.type == "cuda" else 0
-        plan = report and report["plan"]
+        dist.all_gather_object(gathered, found[name], group=host)
+        report = next((ranks.report for ranks in gathered if ranks.report), None)
+        times = list(zip(*(ranks.samples for ranks in gathered), strict=True))  # a row a repeat
+        pieces = [ranks.pieces for ranks in gathered]
         lines.append(
             {
                 "scenario": scenario,
                 "strategy": name,
                 "steps": args.steps,
-                "pictures": strategies[name].pictures,
+                "pictures": strategy.pictures,
                 "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
                 "dtype": str(dtype).removeprefix("torch."),
+                "weights": str(args.checkpoint or "random"),
                 "torch": torch.__version__,
                 "diffusers": diffusers.__version__,
-                "seconds": [max(s.seconds for s in repeat) for repeat in zip(*(g[0] for g in gathered), strict=True)],
-                "loop": [max(s.loop for s in repeat) for repeat in zip(*(g[0] for g in gathered), strict=True)],
-                "peak_memory": [max(sample.memory for sample in g[0]) - spare for g in gathered],
-                "pieces": [g[1] for g in gathered],
-                "floor": _floor([g[1] for g in gathered], plan or "F" * args.steps),
-                "plan": plan,
+                "whole": args.whole,
+                "seconds": [max(sample.seconds for sample in repeat) for repeat in times],
+                "loop": [max(sample.loop for sample in repeat) for repeat in times],
+                "after": [max(sample.after for sample in repeat) for repeat in times],
+                "peak_memory": [max(ranks.memory) for ranks in gathered],
+                "pieces": pieces,
+                "floor": timing.floor(pieces, strategy.plan(args.steps, report)),
+                "idle": [ranks.idle for ranks in gathered],
+                "plan": report and report["plan"],
                 "tau_1": report and report["tau_1"],
                 "speedup_bound": report and report["speedup_bound"],
                 "bytes_sent": report and report["bytes_sent"][: dist.get_world_size()],
@@ -244,20 +306,63 @@ def _compare(
     return lines
 
 
+class _Found(NamedTuple):
+    """Of one strategy on one rank."""
+
+    samples: list[timing.Sample]
+    memory: list[int]  # a block
+    pieces: dict[str, float]
+    report: dict[str, Any] | None
+    idle: float | None
+
+
 def _call(pipe: Any, arguments: dict[str, Any]) -> None:
     pipe(**arguments, generator=torch.Generator().manual_seed(0))
 
 
-def _traced(function: Callable[[], None], file: Path) -> None:
-    """Profile; steps are labelled with their kind. Open the file in chrome://tracing or https://ui.perfetto.dev."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with torch.profiler.profile() as profiler:
-        function()
-    profiler.export_chrome_trace(str(file))
-
-
 def _wait() -> None:
     """The share of the ranks that have none."""
+
+
+def _absent() -> AbstractContextManager[tuple[None, None]]:
+    """What is set up on them."""
+    return nullcontext((None, None))
+
+
+def _bytes_beside(pipe: Any, strategy: Strategy) -> int:
+    """Of the weights that lie on this device beside the strategy's denoiser: text encoders, VAE, and xDiT's twin."""
+    parts = [part for name, part in pipe.components.items() if name.startswith("text") or name == "vae"]
+    beside = [*parts, *([denoiser_of(pipe)] if strategy.is_rival else [])]
+    return sum(weight.nbytes for part in beside if part is not None for weight in part.parameters())
+
+
+@contextmanager
+def _compiled(pipe: Any) -> Iterator[None]:
+    from hybridiff_xdit.xdit.pipelines import compile_blocks
+
+    denoiser = denoiser_of(pipe)
+    before = {module: vars(module).get("forward") for module in denoiser.modules()}
+    compile_blocks(denoiser)
+    try:
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None and "forward" in vars(module):
+                del module.forward
+
+
+@contextmanager
+def _kept_decoder(pipe: Any) -> Iterator[None]:
+    """A copy of the VAE's decoder stands in for it: DistVAE changes what it is given for good."""
+    if pipe.vae is None:
+        yield
+        return
+    decoder = pipe.vae.decoder
+    pipe.vae.decoder = deepcopy(decoder)
+    try:
+        yield
+    finally:
+        pipe.vae.decoder = decoder
 
 
 @contextmanager
@@ -278,68 +383,6 @@ def _graphed(pipe: Any) -> Iterator[Graphs]:
     finally:
         del denoiser.forward
         graphs.clear()
-
-
-class Sample(NamedTuple):
-    """Seconds until this rank's device is done, from a common start and from the loop's, and peak memory in bytes."""
-
-    seconds: float
-    loop: float
-    memory: int
-
-
-class Loop:
-    """Where the denoising loop begins: every diffusers pipeline asks for its progress bar there."""
-
-    began = 0.0
-
-    @classmethod
-    def watch(cls) -> None:
-        original = diffusers.DiffusionPipeline.progress_bar
-
-        def progress_bar(self: Any, *args: Any, **kwargs: Any) -> Any:
-            cls.began = time.perf_counter()
-            return original(self, *args, **kwargs)
-
-        diffusers.DiffusionPipeline.progress_bar = progress_bar  # type: ignore[method-assign]
-
-
-def _time(function: Callable[[], None], device: torch.device, host: dist.ProcessGroup) -> Sample:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        torch.cuda.synchronize()
-    dist.barrier(group=host)
-    start = Loop.began = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    end = time.perf_counter()
-    dist.barrier(group=host)
-    return Sample(end - start, end - Loop.began, torch.cuda.max_memory_reserved() if device.type == "cuda" else 0)
-
-
-def _time_pieces(graphs: Graphs | None) -> dict[str, float]:
-    """Seconds of each captured piece, replayed on its own: the median of 10, after one to warm up."""
-    times = {}
-    for name, replay in (graphs.captured() if graphs else {}).items():
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(12)]
-        for mark in marks:
-            replay()
-            mark.record()
-        torch.cuda.synchronize()
-        times[name] = statistics.median(a.elapsed_time(b) for a, b in pairwise(marks[1:])) / 1e3
-    return times
-
-
-def _floor(pieces: list[dict[str, float]], plan: str) -> float | None:
-    """Seconds of a plan's graphs; None where a kind of step was not captured on every rank with a part in it."""
-    pieces = [times for times in pieces if times]
-    forward = [max((t for name, t in times.items() if name.startswith("forward")), default=0.0) for times in pieces]
-    share = [sum(t for name, t in times.items() if name.startswith("units")) for times in pieces]
-    counts = (("F", forward), ("P", share))
-    if any(plan.count(kind) and not all(times or [0]) for kind, times in counts):
-        return None
-    return sum(plan.count(kind) * max(times, default=0.0) for kind, times in counts)
 
 
 if __name__ == "__main__":

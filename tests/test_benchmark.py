@@ -14,14 +14,17 @@ STRATEGIES = ["one-gpu", "paper", "cfg, ulysses", "adaptive 2.5, pairs"]
 
 def test_every_strategy_is_timed_and_reported(tmp_path):
     out = tmp_path / "times.jsonl"
-    flags = ("--steps", 10, "--repeats", 2, "--out", out, "--trace", tmp_path / "traces", "--strategy", *STRATEGIES)
-    torchrun(BENCHMARKS / "run.py", "--scenario", "sdxl-tiny", "sd3-tiny", *flags, processes=4)
+    flags = ("--steps", 10, "--repeats", 2, "--warm-up", 3, "--out", out, "--trace", tmp_path / "traces", "--strategy")
+    torchrun(
+        BENCHMARKS / "run.py", "--scenario", "sdxl-tiny", "sd3-tiny", *flags, "--strategy", *STRATEGIES, processes=4
+    )
     lines = {(line["scenario"], line["strategy"]): line for line in map(json.loads, out.read_text().splitlines())}
     without = {("sdxl-tiny", "cfg, ulysses")}  # a U-Net has no sequence
     assert lines.keys() == {(name, s) for name in ("sdxl-tiny", "sd3-tiny") for s in STRATEGIES} - without
     for (_, strategy), line in lines.items():
         assert len(line["seconds"]) == 2 and min(line["seconds"]) > 0
         assert all(0.5 * whole < loop < whole for loop, whole in zip(line["loop"], line["seconds"], strict=True))
+        assert line["whole"] is False and max(line["after"]) < 0.2 * min(line["seconds"])  # latents out
         assert line["pictures"] == (2 if strategy.endswith("pairs") else 1)
         assert (line["plan"] is None) == (strategy == "one-gpu")
     assert lines["sd3-tiny", "cfg, ulysses"]["plan"] == "F" * 10
@@ -38,8 +41,8 @@ def test_every_strategy_is_timed_and_reported(tmp_path):
     assert lines["sd3-tiny", "paper"]["floor"] is None and lines["sd3-tiny", "paper"]["pieces"] == [{}] * 4  # no GPU
     rows = [row for row in table.splitlines() if row.startswith("| sd")]
     assert len(rows) == len(lines)
-    seconds = lines["sdxl-tiny", "adaptive 2.5, pairs"]["seconds"]
-    assert f"| sdxl-tiny | adaptive 2.5, pairs | {sum(seconds) / 4:.2f} (" in table  # a pair makes half of the pictures
+    loop = lines["sdxl-tiny", "adaptive 2.5, pairs"]["loop"]
+    assert f"| sdxl-tiny | adaptive 2.5, pairs | {sum(loop) / 4:.3f} (" in table  # a pair makes half of the pictures
 
 
 def test_one_rank_alone_does_what_its_rank_does(tmp_path):
@@ -74,6 +77,27 @@ def test_xdits_own_strategies_are_timed_beside_ours(tmp_path):
         ("sd3-tiny", "xdit ulysses", None),
     ]
     assert all(len(line["seconds"]) == 2 and min(line["seconds"]) > 0 for line in lines)
+
+
+def test_from_the_prompt_to_the_picture(tmp_path):
+    """With text encoders and VAE, its decoder split too; AsyncDiff's way has no report, but a plan of its own."""
+    out, strategies = tmp_path / "times.jsonl", ["cfg", "cfg, vae", "both branches", "xdit cfg, vae"]
+    flags = ("--whole", "--steps", 4, "--repeats", 1, "--blocks", 1, "--out", out, "--strategy", *strategies)
+    torchrun(BENCHMARKS / "run.py", "--scenario", "sdxl-tiny", "sd3-tiny", *flags, processes=2)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(line["scenario"], line["strategy"]) for line in lines] == [
+        (scenario, strategy) for scenario in ("sdxl-tiny", "sd3-tiny") for strategy in strategies
+    ]
+    for line in lines:
+        ((whole,), (loop,), (after,)) = line["seconds"], line["loop"], line["after"]
+        assert line["whole"] and 0 < after < whole - loop
+        assert (line["plan"] or line["bytes_sent"]) is None or "cfg" in line["strategy"]
+
+
+def test_nothing_is_decoded_without_a_vae(tmp_path):
+    flags = ("--scenario", "sdxl-tiny", "--strategy", "cfg, vae", "--out", tmp_path / "times.jsonl")
+    result = torchrun(BENCHMARKS / "run.py", *flags, processes=2, check=False)
+    assert "'cfg, vae': nothing is decoded; add --whole." in result.stderr
 
 
 def test_xdits_strategy_leaves_ours_its_groups(tmp_path):
