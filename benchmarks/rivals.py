@@ -5,6 +5,7 @@ Each changes the pipeline it is given for good: hand it one of its own.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import group
@@ -39,5 +40,20 @@ def apply(name: str, pipe: Any, family: str, is_decoder_split: bool) -> Any:
     engine_config = group.xdit_config(**flags, use_parallel_vae=is_decoder_split)
     engine_config.runtime_config.dtype = pipe.dtype
     xfuser: Any = import_xfuser()
+    if name == "xdit pipefusion":
+        _mend_pipefusion()
     wrapper = xfuser.xFuserStableDiffusionXLPipeline if family == "unet" else xfuser.xFuserStableDiffusion3Pipeline
     return wrapper(pipe, engine_config)
+
+
+@cache
+def _mend_pipefusion() -> None:
+    """Have the cache of keys and values kept once a block.
+
+    In xfuser 0.7, SD3's attention processor updates it, and so does the attention that it calls, in another shape:
+    PipeFusion ends in an error on its first asynchronous step.
+    """
+    from xfuser.model_executor.layers import attention_processor
+
+    attend = attention_processor.USP
+    attention_processor.USP = lambda *args, attn_layer=None, **kwargs: attend(*args, **kwargs)
