@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Hashable
-from itertools import count, pairwise
+from collections.abc import Callable, Hashable, Iterator
+from itertools import compress, count, pairwise
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -213,6 +213,19 @@ def _capture(piece: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], A
     return graph.replay, outputs
 
 
+def modules_of(denoiser: nn.Module) -> Iterator[nn.Module]:
+    """Every module, in an order of the structure; one that has two places twice.
+
+    ``nn.Module.modules`` takes the host some milliseconds for a large denoiser, between two steps.
+    """
+    waiting: list[nn.Module | None] = [denoiser]
+    while waiting:
+        module = waiting.pop()
+        if module is not None:
+            yield module
+            waiting += module._modules.values()
+
+
 def _state_of(denoiser: nn.Module) -> tuple[Hashable, list[nn.Module]]:
     """What the denoiser's kernels depend on, but its arguments and what `_present` reads.
 
@@ -228,16 +241,17 @@ def _state_of(denoiser: nn.Module) -> tuple[Hashable, list[nn.Module]]:
         raise _Uncapturable("autocast is on (load the pipeline in the dtype that you want)")
     state: list[Any] = []
     changing = []
-    for module in denoiser.modules():
+    for module in modules_of(denoiser):
         own = vars(module)
         if "_hf_hook" in own or "_diffusers_hook" in own:
             raise _Uncapturable(f"{type(module).__name__} is offloaded, cached or cast by a hook")
-        for hook in (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()):
+        hooks = own["_forward_hooks"], own["_forward_pre_hooks"]
+        for hook in (hook for kind in hooks if kind for hook in kind.values()):
             if getattr(hook, "__module__", "").partition(".")[0] != __package__:
                 raise _Uncapturable(f"{type(module).__name__} has a forward hook")
         tensors = (*own["_parameters"].values(), *own["_buffers"].values())
         state += [type(module), own.get("forward"), *(t.data_ptr() for t in tensors if t is not None)]
-        state += [value for value in own.values() if value.__class__ in _CONSTANTS]
+        state += compress(own.values(), map(_CONSTANTS.__contains__, map(type, own.values())))
         if "scaling" in own or "processor" in own or "processor" in own["_modules"]:  # hasattr takes twice as long
             changing.append(module)
     return tuple(state), changing

@@ -28,7 +28,7 @@ from .comm import Comm, Solo, checksum
 from .config import HybridConfig
 from .discrepancy import Trial, rel_mae
 from .executor import Branch, Executor
-from .graphs import Graphs
+from .graphs import Graphs, modules_of
 from .guidance import RULES, Mixed, Pair
 from .partition import Anatomy, Inputs, map_tensors, read, tensors_of
 from .plan import FULL, PIPELINED, SKIPPED, Plan, Policy, StepKind
@@ -306,7 +306,7 @@ class _Session:
         tensors = dict(inputs)
         noise = tensors.pop("sample" if "sample" in inputs else "hidden_states")
         timesteps = pipe.scheduler.timesteps
-        weights = list(denoiser.parameters())
+        weights = [w for module in modules_of(denoiser) for w in module._parameters.values() if w is not None]
         ends = (weights[0].flatten()[:4096], weights[-1].flatten()[:4096])
         # Reductions give the same bits only on the same hardware with the same number of threads.
         is_cuda = noise.device.type == "cuda"
