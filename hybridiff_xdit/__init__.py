@@ -7,7 +7,7 @@ the estimates are measured to miss decides when. Method: arXiv 2602.21760; SKIPP
 policy are ours.
 
 Reading order: discrepancy, sampler, plan, guidance, adaptive, policies, partition, comm, executor, sequence,
-agreement, hybrid; denoisers, checkpoints, planner for what a layout of GPUs would bring; then xdit/ for the
+agreement, encoding, hybrid; denoisers, checkpoints, planner for what a layout of GPUs would bring; then xdit/ for the
 strategy in xDiT.
 """
 

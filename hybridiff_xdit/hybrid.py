@@ -26,6 +26,7 @@ from .agreement import differing, disagreement, ends
 from .comm import Comm, Solo, checksum
 from .config import HybridConfig
 from .discrepancy import Trial, rel_mae
+from .encoding import Encoding
 from .executor import Branch, Executor
 from .graphs import Graphs
 from .guidance import RULES, Mixed, Pair
@@ -93,7 +94,7 @@ class _Run:
 
 
 class _Session:
-    """`hybrid-cond` on one pipeline: four of its methods replaced, and the current run."""
+    """`hybrid-cond` on one pipeline: some of its methods replaced, and the current run."""
 
     def __init__(
         self, pipe: Any, anatomy: Anatomy, config: HybridConfig, comm: Comm, sequence: SequenceSplit | None, model: str
@@ -118,6 +119,10 @@ class _Session:
         # A denoiser compiled as a whole calls this as it is: what kind a step is, is no matter for a graph.
         self.forward = self._replace(self.denoiser, "forward", torch.compiler.disable(self._forward))
         self.progress_bar = self._replace(pipe, "progress_bar", self._progress_bar)
+        if comm.size > 1 and hasattr(pipe, "encode_prompt"):
+            encoding = Encoding(pipe, comm, self.across)
+            self._replace(pipe, "check_inputs", encoding.check_inputs)
+            self._replace(pipe, "encode_prompt", encoding.encode_prompt)
         self._watch_scheduler()
 
     def close(self) -> None:
@@ -520,8 +525,9 @@ def last_report(pipe: Any) -> dict[str, Any] | None:
     Keys: ``model``, ``config``, ``num_steps``, ``plan`` (letters F, P and S), ``discrepancy`` (list of [step, value],
     None where it is not finite), ``trials`` (list of [step, [[distance, pipelined, skipped], ...]], see
     `discrepancy.Trial`; empty but for the adaptive policy), ``tau_1``, ``tau_2`` (None where the policy has none),
-    ``speedup_bound`` (times what splitting a branch's tokens gives), ``bytes_sent`` (one count a rank of the group),
-    ``seconds_per_step`` (None where not measured), ``world_size``, ``sequence_degree``, ``versions``.
+    ``speedup_bound`` (times what splitting a branch's tokens gives), ``bytes_sent`` (one count a rank of the group, of
+    the denoising: without the texts' embeddings), ``seconds_per_step`` (None where not measured), ``world_size``,
+    ``sequence_degree``, ``versions``.
     """
     session = getattr(pipe, _SESSION, None)  # xDiT's wrapper of a pipeline hands the question on
     return None if session is None else session.report
