@@ -6,8 +6,9 @@ the guidance is estimated; a SKIPPED step evaluates nothing, and both prediction
 the estimates are measured to miss decides when. Method: arXiv 2602.21760; SKIPPED steps, the estimates and the adaptive
 policy are ours.
 
-Reading order: discrepancy, sampler, plan, guidance, adaptive, policies, partition, comm, executor, sequence, hybrid;
-denoisers, checkpoints, planner for what a layout of GPUs would bring; then xdit/ for the strategy in xDiT.
+Reading order: discrepancy, sampler, plan, guidance, adaptive, policies, partition, comm, executor, sequence,
+agreement, encoding, hybrid; denoisers, checkpoints, planner for what a layout of GPUs would bring; then xdit/ for the
+strategy in xDiT.
 """
 
 from .config import HybridConfig

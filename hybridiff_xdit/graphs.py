@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from itertools import compress, count, pairwise
 from statistics import median
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .partition import map_tensors, tensors_of
+from .partition import map_tensors, modules_of, tensors_of
 
 logger = logging.getLogger(__name__)
 
@@ -211,19 +211,6 @@ def _capture(piece: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], A
         generator.graphsafe_set_state(generator.clone_state())
         raise
     return graph.replay, outputs
-
-
-def modules_of(denoiser: nn.Module) -> Iterator[nn.Module]:
-    """Every module, in an order of the structure; one that has two places twice.
-
-    ``nn.Module.modules`` takes the host some milliseconds for a large denoiser, between two steps.
-    """
-    waiting: list[nn.Module | None] = [denoiser]
-    while waiting:
-        module = waiting.pop()
-        if module is not None:
-            yield module
-            waiting += module._modules.values()
 
 
 def _state_of(denoiser: nn.Module) -> tuple[Hashable, list[nn.Module]]:

@@ -7,9 +7,7 @@ public verbs stand at the end of the file.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import logging
 import math
 import os
@@ -24,11 +22,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from .agreement import differing, disagreement, fingerprint
 from .comm import Comm, Solo, checksum
 from .config import HybridConfig
 from .discrepancy import Trial, rel_mae
+from .encoding import Encoding
 from .executor import Branch, Executor
-from .graphs import Graphs, modules_of
+from .graphs import Graphs
 from .guidance import RULES, Mixed, Pair
 from .partition import Anatomy, Inputs, map_tensors, read, tensors_of
 from .plan import FULL, PIPELINED, SKIPPED, Plan, Policy, StepKind
@@ -94,7 +94,7 @@ class _Run:
 
 
 class _Session:
-    """`hybrid-cond` on one pipeline: four of its methods replaced, and the current run."""
+    """`hybrid-cond` on one pipeline: some of its methods replaced, and the current run."""
 
     def __init__(
         self, pipe: Any, anatomy: Anatomy, config: HybridConfig, comm: Comm, sequence: SequenceSplit | None, model: str
@@ -105,7 +105,8 @@ class _Session:
         self.graphs = Graphs(self.denoiser, is_on=config.cuda_graphs is not False)
         if sequence is not None:
             self.graphs.refuse("a branch's tokens are split over ranks")
-        self.executor = Executor(anatomy, comm, self.graphs, sequence.comm if sequence else None, config.stages)
+        self.across = sequence.comm if sequence else None
+        self.executor = Executor(anatomy, comm, self.graphs, self.across, config.stages)
         self.signature = inspect.signature(type(self.denoiser).forward)
         self.run: _Run | None = None
         self.report: dict[str, Any] | None = None
@@ -118,6 +119,10 @@ class _Session:
         # A denoiser compiled as a whole calls this as it is: what kind a step is, is no matter for a graph.
         self.forward = self._replace(self.denoiser, "forward", torch.compiler.disable(self._forward))
         self.progress_bar = self._replace(pipe, "progress_bar", self._progress_bar)
+        if comm.size > 1 and hasattr(pipe, "encode_prompt"):
+            encoding = Encoding(pipe, comm, self.across)
+            self._replace(pipe, "check_inputs", encoding.check_inputs)
+            self._replace(pipe, "encode_prompt", encoding.encode_prompt)
         self._watch_scheduler()
 
     def close(self) -> None:
@@ -306,8 +311,6 @@ class _Session:
         tensors = dict(inputs)
         noise = tensors.pop("sample" if "sample" in inputs else "hidden_states")
         timesteps = pipe.scheduler.timesteps
-        weights = [w for module in modules_of(denoiser) for w in module._parameters.values() if w is not None]
-        ends = (weights[0].flatten()[:4096], weights[-1].flatten()[:4096])
         # Reductions give the same bits only on the same hardware with the same number of threads.
         is_cuda = noise.device.type == "cuda"
         device = torch.cuda.get_device_name(noise.device) if is_cuda else (platform.machine(), torch.get_num_threads())
@@ -317,8 +320,8 @@ class _Session:
             "guidance on or off (--guidance_scale)": bool(pipe.do_classifier_free_guidance),
             "number of steps (--num_inference_steps)": num_steps,
             "strategy (--hybrid_* flags)": str(self.config),
-            "model (--model)": (_settings(denoiser), len(weights)),
-            "model weights or adapters (--model)": checksum(ends),
+            "model (--model)": _settings(denoiser),
+            "model weights or adapters (--model)": fingerprint(denoiser),
             "device types or CPU threads (OMP_NUM_THREADS)": device,
             "dtypes": dtypes,
             "number of prompts, pictures, or the resolution": shapes,
@@ -327,19 +330,8 @@ class _Session:
             "initial noise (give every rank a generator with the same seed: --seed)": checksum(noise),
             "prompts (--prompt, --negative_prompt)": checksum(tensors),
         }
-        # Sums of tensors are on the device, digests of the rest on the host: one copy.
-        sums = {name: fact.to(noise.device) for name, fact in facts.items() if isinstance(fact, torch.Tensor)}
-        digests = {name: _digest(fact) for name, fact in facts.items() if name not in sums}
-        names = [*sums, *digests]
-        mine = torch.cat([*sums.values(), torch.tensor(list(digests.values()), device=noise.device)])
-        gathered = torch.stack(self.comm.all_gather(mine))
-        if self.sequence is not None:
-            gathered = torch.cat(self.sequence.comm.all_gather(gathered))
-        if differing := [name for name, *values in zip(names, *gathered.tolist(), strict=True) if len(set(values)) > 1]:
-            raise RuntimeError(
-                f"hybrid-cond: the ranks started with different {'; '.join(differing)}. "
-                "Start every rank with the same arguments."
-            )
+        if names := differing(facts, self.comm, self.across, noise.device):
+            raise disagreement(names)
 
     def _end(self, run: _Run) -> None:
         self._read(run, keep=0)
@@ -431,12 +423,6 @@ def _settings(component: Any) -> list[str]:
 def _finite(value: float) -> float | None:
     """For JSON, which has no nan and no infinity."""
     return value if math.isfinite(value) else None
-
-
-def _digest(fact: Any) -> int:
-    """63 bits of a value's text; the same in every process, unlike `hash`."""
-    text = json.dumps(fact, default=str).encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
 
 
 @lru_cache(maxsize=1)
@@ -539,8 +525,9 @@ def last_report(pipe: Any) -> dict[str, Any] | None:
     Keys: ``model``, ``config``, ``num_steps``, ``plan`` (letters F, P and S), ``discrepancy`` (list of [step, value],
     None where it is not finite), ``trials`` (list of [step, [[distance, pipelined, skipped], ...]], see
     `discrepancy.Trial`; empty but for the adaptive policy), ``tau_1``, ``tau_2`` (None where the policy has none),
-    ``speedup_bound`` (times what splitting a branch's tokens gives), ``bytes_sent`` (one count a rank of the group),
-    ``seconds_per_step`` (None where not measured), ``world_size``, ``sequence_degree``, ``versions``.
+    ``speedup_bound`` (times what splitting a branch's tokens gives), ``bytes_sent`` (one count a rank of the group, of
+    the denoising: without the texts' embeddings), ``seconds_per_step`` (None where not measured), ``world_size``,
+    ``sequence_degree``, ``versions``.
     """
     session = getattr(pipe, _SESSION, None)  # xDiT's wrapper of a pipeline hands the question on
     return None if session is None else session.report

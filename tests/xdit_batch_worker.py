@@ -22,7 +22,7 @@ PIPELINES = {"sd3": HybridStableDiffusion3Pipeline, "sdxl": HybridStableDiffusio
 CASES = {
     "one": {"prompt": "a cat", "negative_prompt": "ugly"},
     "three": {"prompt": ["a cat", "two dogs", "red"], "negative_prompt": ["ugly", "grey", "dull"]},
-    "images": {"prompt": ["a cat", "two dogs"], "num_images_per_prompt": 3},
+    "images": {"prompt": ["a cat", "two dogs"], "negative_prompt": "ugly", "num_images_per_prompt": 3},
 }
 COMMON = {**xdit_tiny.COMMON, "num_inference_steps": 6, "guidance_scale": 5.0}
 

@@ -66,10 +66,12 @@ def _entries(value: Any, repeats: int) -> Any:
 
 
 def _part(value: Any, share: Share, count: int) -> Any:
-    """A share's entries; one entry for all stays one."""
-    if isinstance(value, list | torch.Tensor):
-        return value[share.start : share.stop] if len(value) == count else value[:1]
-    return value
+    """A share's entries; one entry for all stays one, and a text for all a text, as pipelines take it."""
+    if not isinstance(value, list | torch.Tensor):
+        return value
+    if len(value) == count:
+        return value[share.start : share.stop]
+    return value[0] if isinstance(value[0], str) else value[:1]
 
 
 def _noise(pipe: Any, count: int, call: dict[str, Any]) -> torch.Tensor:
