@@ -15,7 +15,8 @@ from diffusers import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybridiff_xdit.denoisers import SD3_MEDIUM, SD35_MEDIUM, SDXL, build
-from hybridiff_xdit.partition import read
+from hybridiff_xdit.hybrid import denoiser_of
+from hybridiff_xdit.partition import modules_of, read
 
 
 def random(*shape: int, device: str = "cpu") -> torch.Tensor:
@@ -329,3 +330,9 @@ def test_gligen_and_ip_adapter_are_refused():
         read(unet).check_inputs({**inputs(unet), "cross_attention_kwargs": {"gligen": {}}})
     with pytest.raises(ValueError, match="IP-Adapter"):
         read(mmdit).check_inputs({**inputs(mmdit), "joint_attention_kwargs": {"ip_adapter_image_embeds": []}})
+
+
+@pytest.mark.parametrize("name", tiny.PIPELINES)
+def test_modules_come_in_pytorchs_order(name):
+    denoiser = denoiser_of(tiny.pipeline(name))
+    assert list(modules_of(denoiser)) == list(denoiser.modules())
