@@ -114,7 +114,7 @@ class _Session:
         self._undo: list[tuple[Any, str, Any]] = []
         self.scheduler: Any = None
         if sequence is not None:
-            sequence.apply(anatomy.sequence_parts())
+            sequence.apply(anatomy)
         # A denoiser compiled as a whole calls this as it is: what kind a step is, is no matter for a graph.
         self.forward = self._replace(self.denoiser, "forward", torch.compiler.disable(self._forward))
         self.progress_bar = self._replace(pipe, "progress_bar", self._progress_bar)
