@@ -1,12 +1,12 @@
-"""Sequence parallelism within a branch: the ranks of a sequence group evaluate a branch together.
+"""Sequence parallelism within a branch: the ranks of a sequence group evaluate a branch, or stages of it, together.
 
 Each of them has a shard of the image tokens, and all text tokens:
 
     pos_embed -> shard -> blocks (their attention exchanges) -> proj_out -> all tokens again
 
 The latents, the predictions and every decision are whole, and the same bits, on all ranks: the group is one rank of the
-strategy to everything else. The boundary between stages is made of shards, which the ranks of equal place in the two
-branches exchange. The attention itself is the host's (xDiT's Ulysses and ring).
+strategy to everything else. The boundary between stages is made of shards and of all text, which the ranks of equal
+place in the groups exchange. The attention itself is the host's (xDiT's Ulysses and ring).
 """
 
 from __future__ import annotations
