@@ -34,7 +34,11 @@ def simulated(folder, name, prompts):
     [
         ("sdxl", ["a cat"], [], 1),
         ("sdxl", ["a cat", "two dogs", "red"], ["--data_parallel_degree", "2"], 1),
-        ("sd3", ["a cat"], ["--ring_degree", "2", "--attention_backend", "sdpa_flash"], 2),
+        (
+            *("sd3", ["a cat", "two dogs"]),
+            ["--data_parallel_degree", "2", "--ring_degree", "2", "--attention_backend", "sdpa_flash"],
+            2,
+        ),
     ],
 )
 def test_the_command(tmp_path, name, prompts, flags, shards):
@@ -43,7 +47,7 @@ def test_the_command(tmp_path, name, prompts, flags, shards):
     command += ["--parallel", "hybrid-cond", "--hybrid_stages", "4", "--hybrid_plan", PLAN, *flags]
     command += ["--num_inference_steps", "10", "--guidance_scale", "5", "--seed", "42"]
     command += ["--hybrid_report", str(tmp_path / "report")]
-    result = subprocess.run(command, env=ENV, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    result = subprocess.run(command, env=ENV, cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr[-4000:]
     expected = simulated(tmp_path, name, prompts)
     for i, picture in enumerate(expected):
