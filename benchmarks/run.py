@@ -34,7 +34,7 @@ import json
 import platform
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -213,17 +213,16 @@ def main() -> None:
     if dist.get_world_size() == 1 and (paired := [name for name, s in strategies.items() if s.needs_peer]):
         raise SystemExit(f"One process cannot run {', '.join(map(repr, paired))}: use two, or ', rank 0'.")
 
-    if dist.get_rank() == 0:
-        args.out.write_text("")
+    lines: list[dict[str, Any]] = []
     for name in args.scenario:
         family = SCENARIOS[name].family
         chosen = {name: strategy for name, strategy in strategies.items() if strategy.is_offered(family)}
-        lines = _compare(name, chosen, loop, device, host, place, args)
+        for scenarios in _compare(name, chosen, loop, device, host, place, args):
+            if dist.get_rank() == 0:  # what is measured is kept, whatever comes next
+                args.out.write_text("".join(json.dumps(line) + "\n" for line in lines + scenarios))
+        lines += scenarios
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        if dist.get_rank() == 0:
-            with args.out.open("a") as out:
-                out.writelines(json.dumps(line) + "\n" for line in lines)
     dist.destroy_process_group()
 
 
@@ -235,12 +234,13 @@ def _compare(
     host: dist.ProcessGroup,
     place: group.Place,
     args: argparse.Namespace,
-) -> list[dict[str, Any]]:
-    """One line a strategy."""
+) -> Iterator[list[dict[str, Any]]]:
+    """One line a strategy that has run so far, each time that one has."""
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     pipe = SCENARIOS[scenario].pipeline(device, dtype, whole=args.whole, checkpoint=args.checkpoint)
     arguments = dict(SCENARIOS[scenario].arguments(pipe), num_inference_steps=args.steps)
-    found = {name: _Found([], [], {}, None, None) for name in strategies}
+    found = dict.fromkeys(strategies, _Found([], [], {}, None, None))
+    lines: dict[str, dict[str, Any]] = {}
     for block in range(args.blocks):
         for name, strategy in strategies.items():
             gc.collect()  # xDiT's pipeline, if one was before, must be gone before the next one's memory is measured
@@ -271,39 +271,42 @@ def _compare(
                     label = re.sub(r"[^\w.-]+", "_", f"{scenario} {name} rank {dist.get_rank()}")
                     timing.trace(call, args.trace / f"{label}.json")
                 callee = graphs = call = warm_up = None  # it ends with the block
-    lines = []
-    for name, strategy in strategies.items():
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, found[name], group=host)
-        report = next((ranks.report for ranks in gathered if ranks.report), None)
-        times = list(zip(*(ranks.samples for ranks in gathered), strict=True))  # a row a repeat
-        pieces = [ranks.pieces for ranks in gathered]
-        lines.append(
-            {
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, found[name], group=host)
+            lines[name] = {
                 "scenario": scenario,
                 "strategy": name,
-                "steps": args.steps,
-                "pictures": strategy.pictures,
                 "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
                 "dtype": str(dtype).removeprefix("torch."),
                 "weights": str(args.checkpoint or "random"),
-                "torch": torch.__version__,
-                "diffusers": diffusers.__version__,
                 "whole": args.whole,
-                "seconds": [max(sample.seconds for sample in repeat) for repeat in times],
-                "loop": [max(sample.loop for sample in repeat) for repeat in times],
-                "after": [max(sample.after for sample in repeat) for repeat in times],
-                "peak_memory": [max(ranks.memory) for ranks in gathered],
-                "pieces": pieces,
-                "floor": timing.floor(pieces, strategy.plan(args.steps, report)),
-                "idle": [ranks.idle for ranks in gathered],
-                "plan": report and report["plan"],
-                "tau_1": report and report["tau_1"],
-                "speedup_bound": report and report["speedup_bound"],
-                "bytes_sent": report and report["bytes_sent"][: dist.get_world_size()],
+                **_line(strategy, args.steps, gathered),
             }
-        )
-    return lines
+            yield list(lines.values())
+
+
+def _line(strategy: Strategy, steps: int, ranks: list[_Found]) -> dict[str, Any]:
+    """What the ranks found of a strategy, together."""
+    report = next((rank.report for rank in ranks if rank.report), None)
+    times = list(zip(*(rank.samples for rank in ranks), strict=True))  # a row a repeat
+    pieces = [rank.pieces for rank in ranks]
+    return {
+        "steps": steps,
+        "pictures": strategy.pictures,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "seconds": [max(sample.seconds for sample in repeat) for repeat in times],
+        "loop": [max(sample.loop for sample in repeat) for repeat in times],
+        "after": [max(sample.after for sample in repeat) for repeat in times],
+        "peak_memory": [max(rank.memory) for rank in ranks],
+        "pieces": pieces,
+        "floor": timing.floor(pieces, strategy.plan(steps, report)),
+        "idle": [rank.idle for rank in ranks],
+        "plan": report and report["plan"],
+        "tau_1": report and report["tau_1"],
+        "speedup_bound": report and report["speedup_bound"],
+        "bytes_sent": report and report["bytes_sent"][: dist.get_world_size()],
+    }
 
 
 class _Found(NamedTuple):
@@ -322,11 +325,6 @@ def _call(pipe: Any, arguments: dict[str, Any]) -> None:
 
 def _wait() -> None:
     """The share of the ranks that have none."""
-
-
-def _absent() -> AbstractContextManager[tuple[None, None]]:
-    """What is set up on them."""
-    return nullcontext((None, None))
 
 
 def _bytes_beside(pipe: Any, strategy: Strategy) -> int:

@@ -37,8 +37,8 @@ class HybridConfig:
         slope_threshold: g, discrepancy per step.
         tau_cap: the latest step at which the window starts.
         plan: for ``fixed``: a letter F, P or S a step, or ``START-END/GAP`` (`Plan.parse`).
-        stages: stages of a PIPELINED step, an even number, and with it the ranks of a picture: half of them evaluate a
-            branch on FULL steps.
+        stages: stages of a PIPELINED step, an even number, and with it the ranks of a picture (or groups of ranks that
+            split its tokens): half of them evaluate a branch on FULL steps.
         balance: what makes the stages' shares alike: ``time``, measured on a GPU on the first run of a size (elsewhere,
             and where a branch's tokens are split, it is ``flops``), or ``flops``, which gives the same stages, and so
             the same pictures, on any device. Default: ``time``.

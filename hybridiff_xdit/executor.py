@@ -90,11 +90,16 @@ class Executor:
     The stages of a U-Net lag behind one another (`partition`), so where a branch has several ranks no step may end in
     an exchange that waits for all: predictions are sent to each rank, which takes them when it has done its part.
 
+    Where tokens are split (`sequence`), each of these ranks is a group of processes, and there is one such executor for
+    each place in the groups, that sends shards between the ranks of its place. All places make the same transfers, at
+    the same points between their group's exchanges: a group waits for another where one rank would, and no circle is
+    added.
+
     Args:
         anatomy: the denoiser read as units.
         comm: the group, uncond's ranks first. A group of one plays all.
         graphs: how the denoiser's pieces are called.
-        sequence: the group of this rank's branch, where its tokens are split.
+        sequence: the ranks that evaluate with this one what it evaluates, where tokens are split.
         stages: of a PIPELINED step, 2 or a larger even number; as many as the group has ranks.
     """
 
@@ -206,7 +211,7 @@ class Executor:
         if self._sums is None:
             return torch.zeros((), dtype=torch.bool, device=self._device)
         sums, self._sums = torch.cat(self._sums.wait()), None
-        return (sums != sums[0]).any()
+        return self._differ(sums)
 
     def drain(self) -> None:
         """Complete what is in flight and forget the run; what was captured stays for the next."""
@@ -284,9 +289,13 @@ class Executor:
         gathered = self.comm.all_gather(payload)
         sums = torch.cat([part[:8].view(torch.int64) for part in gathered])
         pred_u, pred_c = (part[16:].view(pred.dtype).view(pred.shape) for part in gathered)
+        return Exchange(pred_u, pred_c, self._differ(sums))
+
+    def _differ(self, sums: torch.Tensor) -> torch.Tensor:
+        """Whether checksums differ (0-d bool): those given, one of each rank of the group, and of the other places."""
         if self.sequence is not None:  # if some ranks stopped and others went on, these would wait for ever
             sums = torch.cat(self.sequence.all_gather(sums))
-        return Exchange(pred_u, pred_c, (sums != sums[0]).any())
+        return (sums != sums[0]).any()
 
     # An evaluation.
 

@@ -115,7 +115,7 @@ class _Session:
         self._undo: list[tuple[Any, str, Any]] = []
         self.scheduler: Any = None
         if sequence is not None:
-            sequence.apply(anatomy.sequence_parts())
+            sequence.apply(anatomy)
         # A denoiser compiled as a whole calls this as it is: what kind a step is, is no matter for a graph.
         self.forward = self._replace(self.denoiser, "forward", torch.compiler.disable(self._forward))
         self.progress_bar = self._replace(pipe, "progress_bar", self._progress_bar)
@@ -445,7 +445,7 @@ def apply_hybrid(
 ) -> Any:
     """Make a pipeline run `hybrid-cond` on the ranks of a group, half of them a branch's.
 
-    They are two, or as many as `HybridConfig.stages`, or two of groups that split a branch's tokens.
+    They are two, or as many as `HybridConfig.stages`; each may be one of a group of its own that splits the tokens.
 
     Call it on every rank (one process a GPU, under torchrun, after ``torch.distributed.init_process_group``) with the
     pipeline on this rank's device, and then the pipeline with the same arguments and the same generator seed on every
@@ -456,8 +456,8 @@ def apply_hybrid(
             image-to-image and inpainting relatives.
         config: the strategy; default `HybridConfig()`, the adaptive policy at its default tolerance.
         group: as many ranks as stages, uncond's first, then cond's; default the default group.
-        sequence: splits the tokens of this rank's branch over a group of its own (an MMDiT's; `xdit.sequence` makes it
-            on xDiT's groups). ``group`` is then this rank and the one of equal place in the other branch's group.
+        sequence: splits the tokens of what this rank evaluates over a group of its own (an MMDiT's; `xdit.sequence`
+            makes it on xDiT's groups). ``group`` is then this rank and those of equal place in the other such groups.
         model: name for the report; default the checkpoint the pipeline was loaded from.
         simulate: this process plays all ranks in turn, on its own: their pictures, without their speed.
 
@@ -483,11 +483,6 @@ def apply_hybrid(
             f"hybrid-cond with --hybrid_stages {config.stages} (HybridConfig.stages) runs on {config.stages} ranks, "
             f"but the group has {size}. Start it with --nproc_per_node {config.stages}, pass group= with as many, "
             "or give another number of stages."
-        )
-    if sequence is not None and config.stages > 2:
-        raise ValueError(
-            f"hybrid-cond: --hybrid_stages {config.stages} cannot be combined with a split of the tokens so far: drop "
-            "it, or --ulysses_degree and --ring_degree (sequence=)."
         )
     denoiser = denoiser_of(pipe)
     is_wrapped = all(getattr(pipe, name, None) is not denoiser for name in ("transformer", "unet"))

@@ -146,7 +146,7 @@ ALIKE = 0.02
 
 
 class _Found(NamedTuple):
-    """What was found of a denoiser so far, by the shapes and dtypes of its inputs."""
+    """What was found of a denoiser so far, by the shapes and dtypes of its inputs and the shards of its tokens."""
 
     partitions: dict[Any, Partition]
     counts: dict[Any, tuple[list[int], tuple[tuple[Shape, ...], ...], Shape]]
@@ -176,6 +176,7 @@ class Anatomy(ABC):
             )
         self.denoiser = denoiser
         self.units = tuple(self._units())
+        self.shards = 1  # of the image tokens; a unit then works on one (`sequence`)
         self._found = _FOUND.setdefault(denoiser, _Found({}, {}, {}))
 
     @staticmethod
@@ -237,7 +238,7 @@ class Anatomy(ABC):
     def partition(self, inputs: Inputs, stages: int = 2, seconds: tuple[float, ...] | None = None) -> Partition:
         """The best partition for one branch's inputs: the smallest largest share, then the smallest boundaries.
 
-        Cached by the inputs' shapes and dtypes, and the other arguments.
+        Cached by the inputs' shapes and dtypes, the shards, and the other arguments.
 
         Args:
             stages: how many.
@@ -247,7 +248,7 @@ class Anatomy(ABC):
         Raises:
             ValueError: there are too few units for so many stages.
         """
-        kind = _kind(inputs)
+        kind = self._kind(inputs)
         key = kind, stages, seconds
         if key not in self._found.partitions:
             if kind not in self._found.counts:
@@ -261,10 +262,13 @@ class Anatomy(ABC):
 
     def seconds(self, inputs: Inputs, clock: Clock) -> tuple[float, ...] | None:
         """What each unit takes by a clock; None where it cannot tell. Cached by the inputs' shapes and dtypes."""
-        kind = _kind(inputs)
+        kind = self._kind(inputs)
         if kind not in self._found.seconds:
             self._found.seconds[kind] = clock(partial(self.walk, inputs))
         return self._found.seconds[kind]
+
+    def _kind(self, inputs: Inputs) -> Any:
+        return self.shards, tuple((t.shape, t.dtype) for t in tensors_of(inputs))
 
     def walk(self, inputs: Inputs, mark: Callable[[], None]) -> None:
         """Evaluate one branch, unit by unit; ``mark`` is called before the first and after each."""
@@ -595,10 +599,6 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
         items = (map_tensors(function, item) for item in value)
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
-
-
-def _kind(inputs: Inputs) -> Any:
-    return tuple((t.shape, t.dtype) for t in tensors_of(inputs))
 
 
 class _Nest(NamedTuple):

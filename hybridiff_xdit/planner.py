@@ -350,8 +350,8 @@ class Layout:
 
     @property
     def is_available(self) -> bool:
-        """Whether the engine runs it, and xDiT numbers its ranks so."""
-        return self.order == AXES and (self.stages == 2 or self.sequence == 1)
+        """Whether xDiT numbers its ranks so."""
+        return self.order == AXES
 
     def link(self, axis: str, machine: Machine) -> Link:
         """What the ranks along an axis are connected by: the network, if not all such groups lie within a node."""
@@ -505,9 +505,7 @@ def _cells(prediction: Prediction, machine: Machine) -> tuple[str, ...]:
         for axis, count in prediction.sent.items()
     ]
     flags = " ".join(layout.flags()) or "(none)"
-    if layout.stages > 2 and layout.sequence > 1:
-        flags = "not together so far: layers and sequence"
-    elif not layout.is_available:
+    if not layout.is_available:
         flags = "not in xDiT's order of ranks"
     elif layout.stages not in CHOSEN_STAGES:
         flags += " (less close: README, Stages)"

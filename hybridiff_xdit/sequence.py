@@ -1,12 +1,12 @@
-"""Sequence parallelism within a branch: the ranks of a sequence group evaluate a branch together.
+"""Sequence parallelism within a branch: the ranks of a sequence group evaluate a branch, or stages of it, together.
 
 Each of them has a shard of the image tokens, and all text tokens:
 
     pos_embed -> shard -> blocks (their attention exchanges) -> proj_out -> all tokens again
 
 The latents, the predictions and every decision are whole, and the same bits, on all ranks: the group is one rank of the
-strategy to everything else. The boundary between stages is made of shards, which the ranks of equal place in the two
-branches exchange. The attention itself is the host's (xDiT's Ulysses and ring).
+strategy to everything else. The boundary between stages is made of shards and of all text, which the ranks of equal
+place in the groups exchange. The attention itself is the host's (xDiT's Ulysses and ring).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from .comm import Comm
-from .partition import SequenceParts
+from .partition import Anatomy
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -41,18 +41,22 @@ class SequenceSplit:
         self._attention = attention
         self._undo: list[Callable[[], None]] = []
 
-    def apply(self, parts: SequenceParts) -> None:
+    def apply(self, anatomy: Anatomy) -> None:
         """Split from now on, until `remove`.
 
         Raises:
-            ValueError: an attention is not computed as diffusers' own SD3 pipeline does.
+            ValueError: the denoiser works on no sequence, or an attention is not computed as diffusers' own SD3
+                pipeline does.
         """
+        parts = anatomy.sequence_parts()
         odd = {type(attn.processor).__name__ for attn in parts.attentions} - {JointAttnProcessor2_0.__name__}
         if odd:
             raise ValueError(
                 f"hybrid-cond: sequence parallelism takes JointAttnProcessor2_0, not {', '.join(sorted(odd))}: unload "
                 "what put it there (fused projections, an IP-Adapter, PAG), or drop --ulysses_degree and --ring_degree."
             )
+        anatomy.shards = self.comm.size
+        self._undo.append(partial(setattr, anatomy, "shards", 1))
         for attn in parts.attentions:
             self._undo.append(partial(setattr, attn, "processor", attn.processor))
             attn.processor = _Processor(self._attend)  # type: ignore[assignment]

@@ -11,10 +11,12 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 HELPERS = Path(__file__).parent
@@ -105,6 +107,31 @@ def device() -> str:
     import torch
 
     return f"cuda:{torch.cuda.current_device()}" if os.environ["TEST_DEVICE"] == "cuda" else "cpu"
+
+
+@contextmanager
+def waiting_at_once() -> Iterator[None]:
+    """Meanwhile each transfer is waited for at once.
+
+    As where one communicator serves all of a rank's transfers, in the order in which the rank issued them.
+    """
+    from hybridiff_xdit.comm import Comm
+
+    send, gather = Comm.send, Comm.gather
+
+    def waits(self, tensor, dst):
+        send(self, tensor, dst).wait()
+        return SimpleNamespace(wait=lambda: None)  # gloo's would wait for another one
+
+    def gathers(self, tensor):
+        gathered = gather(self, tensor).wait()
+        return SimpleNamespace(wait=lambda: gathered)
+
+    Comm.send, Comm.gather = waits, gathers
+    try:
+        yield
+    finally:
+        Comm.send, Comm.gather = send, gather
 
 
 def _serve(pipe: Any, rank: int, size: int, kind: str, store: str, timeout: float) -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import oracle
 import pytest
@@ -17,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hybridiff_xdit.denoisers import SD3_MEDIUM, SD35_MEDIUM, SDXL, build
 from hybridiff_xdit.hybrid import denoiser_of
 from hybridiff_xdit.partition import modules_of, read
+from hybridiff_xdit.sequence import SequenceSplit
 
 
 def random(*shape: int, device: str = "cpu") -> torch.Tensor:
@@ -336,3 +338,19 @@ def test_gligen_and_ip_adapter_are_refused():
 def test_modules_come_in_pytorchs_order(name):
     denoiser = denoiser_of(tiny.pipeline(name))
     assert list(modules_of(denoiser)) == list(denoiser.modules())
+
+
+def test_a_shard_of_the_tokens_is_counted_apart():
+    """A denoiser is counted once for good: what was found of all tokens must not size a shard's transfers."""
+    model = tiny.mmdit()
+    anatomy, split = read(model), SequenceSplit(SimpleNamespace(size=2, rank=1), attention=None)
+
+    def tokens():
+        (image, _), (text, _) = anatomy.partition(inputs(model), 4).shapes[1]
+        return image[1], text[1]
+
+    assert tokens() == (64, 7)
+    split.apply(anatomy)
+    assert tokens() == (32, 7)
+    split.remove()
+    assert tokens() == (64, 7)

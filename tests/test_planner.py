@@ -117,6 +117,18 @@ def test_layer_stages():
     assert prediction.sent["stages"] == pytest.approx(8 * 100_000)
 
 
+def test_layer_stages_beside_a_split_sequence():
+    # A forward of a quarter of the tokens is 24.909 ms, as above; of it a rank runs half, or a quarter of a PIPELINED
+    # step's. Boundaries are shards.
+    work, boundary = 2 + 22 + 0.9 + 0.00918, 0.1 + 0.055
+    expected = 4 * work + 2 * work / 2 + 6 * (boundary + 0.11) + 3 * (work * 1.25 / 4 + 0.11) + 2 * boundary + 10
+    prediction = predict(COST, SPEED, replace(MACHINE, node=16), PLAN, Layout(sequence=4, stages=4))
+    assert prediction.seconds == pytest.approx(expected / 1e3)
+    assert prediction.sent["sequence"] == pytest.approx((6 / 2 + 3 * 1.25 / 4) * 9180)
+    assert prediction.sent["stages"] == pytest.approx(8 * 55_000)
+    assert prediction.layout.flags() == ["--ulysses_degree", "4", "--hybrid_stages", "4"]
+
+
 def test_pictures_are_dealt_out():
     run = seconds(Layout())
     assert seconds(Layout(), images=5) == pytest.approx(run)

@@ -3,14 +3,13 @@
 import itertools
 import random
 import time
-from types import SimpleNamespace
 
 import oracle
 import pytest
 import tiny
 import torch
 import torch.distributed as dist
-from ranks import Ranks
+from ranks import Ranks, waiting_at_once
 from test_features import SD3_TENSORS
 from test_partition import inputs
 from test_report import AGREEMENT
@@ -204,16 +203,6 @@ def test_report_files(tmp_path):
 
 def blocking(name, fields):
     """(latents, seconds that a send to a late receiver took), where each transfer is waited for at once."""
-    send, gather = Comm.send, Comm.gather
-
-    def waits(self, tensor, dst):
-        send(self, tensor, dst).wait()
-        return SimpleNamespace(wait=lambda: None)  # gloo's would wait for another one
-
-    def gathers(self, tensor):
-        gathered = gather(self, tensor).wait()
-        return SimpleNamespace(wait=lambda: gathered)
-
     start = time.monotonic()
     if dist.get_rank() == 0:
         Comm().send(torch.zeros(1), 1).wait()
@@ -221,17 +210,13 @@ def blocking(name, fields):
         time.sleep(0.5)
         Comm().receive(torch.empty(1), 0)
     seconds = time.monotonic() - start
-    Comm.send, Comm.gather = waits, gathers
-    try:
+    with waiting_at_once():
         return hybrid(name, fields)[0], seconds
-    finally:
-        Comm.send, Comm.gather = send, gather
 
 
 @pytest.mark.parametrize("plan", ["FFFFFPPPFFPF", "FPPPSFFFFSPP"])
 @pytest.mark.parametrize("name", ["deep sd3", "sdxl"])
 def test_nothing_waits_in_a_circle(eight, name, plan):
-    """As where one communicator serves all of a rank's transfers, in the order in which the rank issued them."""
     fields = {"plan": plan, "stages": 8}
     outcomes = eight.run(blocking, name, fields, timeout=60)
     assert outcomes[0][1] > 0.4

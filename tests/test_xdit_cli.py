@@ -43,6 +43,8 @@ def launched(monkeypatch):
         ("--parallel hybrid-cond --hybrid_stages 2", 2),
         ("--parallel hybrid-cond --hybrid_stages 4", 4),
         ("--parallel hybrid-cond --hybrid-stages=4 --data_parallel_degree 2", 8),
+        ("--parallel hybrid-cond --hybrid_stages 4 --ulysses_degree 2", 8),
+        ("--parallel hybrid-cond --hybrid_stages 6 --ulysses_degree 2 --ring_degree 2 --data_parallel_degree 3", 72),
     ],
 )
 def test_processes_are_counted(launched, model, flags, processes):
@@ -86,22 +88,37 @@ def test_processes_are_counted_where_there_are_gpus(launched, model, monkeypatch
         ("--parallel cfg --hybrid_interval 5", ("--hybrid_interval", "--parallel hybrid-cond")),
         ("--parallel hybrid-cond --pipefusion-parallel-degree 2", ("--pipefusion_parallel_degree 2", "drop it")),
         ("--parallel hybrid-cond --tensor_parallel_degree=2 --use_teacache", ("--use_teacache", "drop them")),
+        (
+            "--parallel hybrid-cond --hybrid_stages 4 --ulysses_degree 2 --pipefusion_parallel_degree 2",
+            ("--pipefusion_parallel_degree 2", "drop it"),
+        ),
+        (
+            "--parallel hybrid-cond --hybrid_stages=4 --fully_shard_degree=2 --tensor_parallel_degree=2",
+            ("--fully_shard_degree 2", "--tensor_parallel_degree 2", "drop them"),
+        ),
         ("--parallel hybrid-cond --ulysses_degree 2 --nproc_per_node 2", ("needs 4 processes, not 2",)),
         ("--parallel hybrid-cond --nproc_per_node 8", ("--ulysses_degree 4 (", "--data_parallel_degree 4 (")),
         (
             "--parallel hybrid-cond --ulysses_degree 2 --nproc_per_node 8",
-            ("--ulysses_degree 4", "_parallel_degree 2 ("),
+            ("--ulysses_degree 4", "--hybrid_stages 4 (", "_parallel_degree 2 ("),
         ),
         ("--parallel hybrid-cond --hybrid_stages 3", ("--hybrid_stages", "even number")),
-        ("--parallel hybrid-cond --hybrid_stages 4 --ulysses_degree 2", ("--hybrid_stages 4", "--ulysses_degree")),
+        (
+            "--parallel hybrid-cond --hybrid_stages 4 --ulysses_degree 2 --nproc_per_node 4",
+            ("needs 8 processes, not 4",),
+        ),
         ("--parallel hybrid-cond --hybrid_stages 4 --nproc_per_node 2", ("needs 4 processes, not 2",)),
         (
             "--parallel hybrid-cond --hybrid_stages 4 --nproc_per_node 8",
-            ("--hybrid_stages 8 (", "_parallel_degree 2 ("),
+            ("--ulysses_degree 2 (", "--hybrid_stages 8 (", "_parallel_degree 2 ("),
         ),
         ("--parallel hybrid-cond --nproc_per_node 8", ("--hybrid_stages 8 (",)),
         ("--parallel cfg --hybrid_stages 4", ("--hybrid_stages", "--parallel hybrid-cond")),
         ("--parallel hybrid-cond --model emoji-sdxl --ring_degree 2", ("--ring_degree", "no sequence", "drop")),
+        (
+            "--parallel hybrid-cond --model emoji-sdxl --hybrid_stages 4 --ulysses_degree 2",
+            ("no sequence", "drop --ulysses_degree"),
+        ),
         ("--parallel hybrid-cond --nproc_per_node 3", ("needs 2 processes, not 3", "--nproc_per_node=2")),
         ("--parallel hybrid-cond --model nothing", ("--model nothing", "emoji-sd3")),
         ("--parallel sequence", ("--ulysses_degree", "GPU", "hybrid-cond")),
@@ -210,6 +227,8 @@ def test_plan_prints_the_layouts_best_first(capsys):
     (row,) = (row for row in rows if row.endswith("--data_parallel_degree 2 --ulysses_degree 2"))
     assert row.split()[:8] == ["8", "2", "x", "2", "x", "2", "x", "1"]
     assert "sequence" in row and "branch" in row
+    (row,) = (row for row in rows if "--ulysses_degree 2 --hybrid_stages 4" in row)
+    assert row.split()[:8] == ["8", "1", "x", "2", "x", "2", "x", "2"] and row.endswith("(less close: README, Stages)")
 
 
 def test_plan_past_a_node_says_what_crosses_the_network(capsys):
@@ -315,6 +334,11 @@ def test_help(command):
             "--parallel hybrid-cond --hybrid_stages 4 s.py --model m",
             4,
             "--model m --pipefusion_parallel_degree 2 --use_cfg_parallel",
+        ),
+        (
+            "--parallel hybrid-cond --hybrid_stages 4 s.py --ulysses_degree 2",
+            8,
+            "--ulysses_degree 2 --pipefusion_parallel_degree 2 --use_cfg_parallel",
         ),
         ("s.py --use-cfg-parallel --parallel cfg", 2, "--use-cfg-parallel"),
         ("s.py --parallel sequence --ring-degree=4", 4, "--ring-degree=4"),

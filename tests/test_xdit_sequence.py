@@ -1,6 +1,7 @@
 """SD3 under hybrid-cond with a branch's tokens split by xDiT's Ulysses and ring attention, on gloo ranks.
 
-The oracle is a plain loop on one process. Groups and exchanges are xDiT's own; `compat` says what stands in on a CPU.
+Alone, and beside more than two stages. The oracle is a plain loop on one process. Groups and exchanges are xDiT's own;
+`compat` says what stands in on a CPU.
 """
 
 import oracle
@@ -13,23 +14,24 @@ from test_xdit_runs import TESTS, torchrun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+#: Checkpoint, stages, ranks of a sequence group, and xDiT's flags.
 LAYOUTS = {
-    "ulysses-2": ("sd3", 4, ["--ulysses_degree", 2]),
-    "ring-2, dual attention": ("sd35", 4, ["--ring_degree", 2, "--attention_backend", "sdpa_flash"]),
-    "ulysses-4": ("sd35", 8, ["--ulysses_degree", 4]),
+    "ulysses-2": ("sd3", 2, 2, ["--ulysses_degree", 2]),
+    "ring-2, dual attention": ("sd35", 2, 2, ["--ring_degree", 2, "--attention_backend", "sdpa_flash"]),
+    "ulysses-4": ("sd35", 2, 4, ["--ulysses_degree", 4]),
     "ulysses-2 x ring-2": (
-        "sd3",
-        8,
+        *("sd3", 2, 4),
         ["--ulysses_degree", 2, "--ring_degree", 2, "--attention_backend", "sdpa_flash"],
     ),
+    "ulysses-2 x 4 stages": ("sd3", 4, 2, ["--ulysses_degree", 2, "--pipefusion_parallel_degree", 2]),
 }
-RULES = {"cfg": "reuse", "reuse": "reuse", "deferred": "deferred", "adaptive": "deferred"}
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def run(request, tmp_path_factory):
-    """(pipeline of the checkpoint, degree of the split, what each rank saved)."""
-    name, processes, flags = LAYOUTS[request.param]
+    """(pipeline of the checkpoint, stages, degree of the split, what each rank saved)."""
+    name, stages, degree, flags = LAYOUTS[request.param]
+    processes = stages * degree
     folder = tmp_path_factory.mktemp("models")
     xdit_tiny.save("sd3", folder)
     pipe = DiffusionPipeline.from_pretrained(folder / "sd3", **xdit_tiny.ABSENT["sd3"])
@@ -39,18 +41,17 @@ def run(request, tmp_path_factory):
         pipe.save_pretrained(folder / name)
     torchrun(TESTS / "xdit_sequence_worker.py", folder, name, *flags, processes=processes)
     ranks = [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(processes)]
-    return pipe, processes // 2, ranks
+    return pipe, stages, degree, ranks
 
 
-@pytest.mark.parametrize("case", RULES)
+@pytest.mark.parametrize("case", ["cfg", "reuse", "deferred", "adaptive"])
 def test_it_is_the_oracle(run, case):
-    pipe, degree, ranks = run
+    pipe, stages, degree, ranks = run
     latents, report = ranks[0][case]
     found = ranks[0][case][1]["plan"]
     assert set(found) > {"F"} or case == "cfg"
-    expected, _ = oracle.denoise(
-        pipe, tiny.prompt("sd3"), tiny.noise("sd3"), plan=found, rule=RULES[case], cut=oracle.CUTS["sd3"]
-    )
+    rule, cut = report["config"]["guidance"], {2: oracle.CUTS["sd3"], 4: oracle.STAGE_CUTS["sd3", 4]}[stages]
+    expected, _ = oracle.denoise(pipe, tiny.prompt("sd3"), tiny.noise("sd3"), plan=found, rule=rule, cut=cut)
     assert (latents - expected).abs().max() < 1e-5 * expected.abs().max()
     assert all(torch.equal(rank[case][0], latents) for rank in ranks)
     assert all(rank[case][1]["plan"] == found for rank in ranks)
@@ -58,27 +59,46 @@ def test_it_is_the_oracle(run, case):
 
 
 def test_a_shard_of_the_boundary_is_sent(run):
-    """Both ranks send their prediction on FULL steps; on the one PIPELINED step before another, a shard crosses."""
-    _, degree, ranks = run
+    """On the one PIPELINED step before another, and with four stages on FULL steps too."""
+    _, stages, degree, ranks = run
     latent = 4 * 16 * 16 * 16
     tokens = 4 * 32 * (64 // degree + tiny.TOKENS)
-    agreed = 8 * 12  # one digest a fact, when the run begins
-    header = 16
+    agreed = 8 * 12 * (stages - 1)  # one digest a fact, when the run begins
     full, pipelined, crossing = 6, 4, 1
+    if stages == 2:  # both ranks send a header and their prediction on FULL steps
+        common = agreed + full * (latent + 16)
+        counts = [crossing * tokens, pipelined * latent]
+    else:  # on FULL steps a branch's first rank sends into its second, that its prediction to all; and all a checksum
+        common = agreed + full * 3 * 8
+        counts = [
+            full * tokens + crossing * tokens,
+            full * 3 * latent + crossing * tokens,
+            full * tokens + crossing * tokens,
+            full * 3 * latent + pipelined * 3 * latent,
+        ]
     for place in range(degree):
-        first, second = ranks[place]["reuse"][1]["bytes_sent"]
-        assert first == agreed + full * (latent + header) + crossing * tokens
-        assert second == agreed + full * (latent + header) + pipelined * latent
+        assert ranks[place]["reuse"][1]["bytes_sent"] == [common + count for count in counts]
 
 
 def test_the_groups_are_xdits(run):
-    _, degree, ranks = run
-    assert [rank["groups"][0] for rank in ranks] == [[i % degree, i % degree + degree] for i in range(2 * degree)]
-    assert [rank["groups"][1] for rank in ranks] == [False] * (2 * degree - 1) + [True]
+    _, stages, degree, ranks = run
+    for i, rank in enumerate(ranks):
+        place, half = i % degree, stages // 2
+        assert rank["group"] == list(range(place, stages * degree, degree))
+        branches, branch, hands_out = rank["xdit's"]
+        stage = branch.index(i)
+        assert branch in (rank["group"][:half], rank["group"][half:])
+        assert branches == [rank["group"][stage], rank["group"][half + stage]]
+        assert hands_out == (i == stages * degree - 1)
+
+
+def test_nothing_waits_in_a_circle(run):
+    ranks = run[-1]
+    assert all(torch.equal(rank["waiting"], ranks[0]["reuse"][0]) for rank in ranks)
 
 
 def test_removal_restores_the_pipeline(run):
-    pipe, _, ranks = run
+    pipe, *_, ranks = run
     assert ranks[0]["processors"] == [{"_Processor"}, {"JointAttnProcessor2_0"}]
     assert torch.equal(ranks[0]["plain"], tiny.call(pipe, "sd3"))
 
@@ -87,10 +107,13 @@ def test_removal_restores_the_pipeline(run):
     ("case", "words"),
     [
         ("seed", "the ranks started with different initial noise"),
-        ("drift", "at step 4 the ranks' latents or prompts are no longer the same"),
+        ("drift", "the ranks' latents or prompts are no longer the same"),
         ("tokens", "25 image tokens cannot be split over"),
     ],
 )
 def test_every_rank_raises_the_same_error(run, case, words):
-    errors = {rank[case] for rank in run[2]}
-    assert len(errors) == 1 and words in errors.pop()
+    _, stages, _, ranks = run
+    (error,) = {rank[case] for rank in ranks}
+    assert words in error
+    # More stages compare a FULL step's inputs on the next one only.
+    assert case != "drift" or f"at step {4 if stages == 2 else 6} " in error

@@ -1,4 +1,4 @@
-"""More than two stages from xDiT: several processes make the pictures of one that plays them all."""
+"""More than two stages from xDiT, alone and beside its other axes: the pictures of one process that plays all."""
 
 import json
 import subprocess
@@ -12,6 +12,9 @@ from PIL import Image
 from test_xdit_runs import ENV, TESTS, torchrun
 
 from hybridiff_xdit import HybridConfig, apply_hybrid
+from hybridiff_xdit.xdit.pipelines import stage_ranks
+
+from xfuser.core.distributed.utils import RankGenerator  # isort: skip  # it imports only after ours
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,26 +30,40 @@ def simulated(folder, name, prompts):
 
 
 @pytest.mark.parametrize(
-    ("name", "prompts", "flags"),
+    ("name", "prompts", "flags", "shards"),
     [
-        ("sdxl", ["a cat"], []),
-        ("sdxl", ["a cat", "two dogs", "red"], ["--data_parallel_degree", "2"]),
+        ("sdxl", ["a cat"], [], 1),
+        ("sdxl", ["a cat", "two dogs", "red"], ["--data_parallel_degree", "2"], 1),
+        (
+            *("sd3", ["a cat", "two dogs"]),
+            ["--data_parallel_degree", "2", "--ring_degree", "2", "--attention_backend", "sdpa_flash"],
+            2,
+        ),
     ],
 )
-def test_the_command(tmp_path, name, prompts, flags):
+def test_the_command(tmp_path, name, prompts, flags, shards):
     xdit_tiny.save(name, tmp_path)
     command = [sys.executable, "-m", "hybridiff_xdit.xdit.cli", "--model", str(tmp_path / name), "--prompt", *prompts]
     command += ["--parallel", "hybrid-cond", "--hybrid_stages", "4", "--hybrid_plan", PLAN, *flags]
     command += ["--num_inference_steps", "10", "--guidance_scale", "5", "--seed", "42"]
     command += ["--hybrid_report", str(tmp_path / "report")]
-    result = subprocess.run(command, env=ENV, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    result = subprocess.run(command, env=ENV, cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr[-4000:]
     expected = simulated(tmp_path, name, prompts)
     for i, picture in enumerate(expected):
-        found = Image.open(tmp_path / f"{name}_hybrid-cond_u1r1_tc_False_32x32_{i}.png")
+        found = Image.open(tmp_path / f"{name}_hybrid-cond_u1r{shards}_tc_False_32x32_{i}.png")
         assert abs(np.asarray(found) - 255 * picture).max() < 1  # one 8-bit level
     report = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert (report["plan"], report["world_size"], len(report["bytes_sent"])) == (PLAN, 4, 4)
+    assert (report["plan"], report["world_size"], len(report["bytes_sent"])) == (PLAN, 4 * shards, 4)
+
+
+@pytest.mark.parametrize(
+    ("data", "stages", "shards"), [(1, 4, 1), (1, 4, 2), (2, 4, 2), (3, 6, 4), (2, 8, 3), (1, 2, 2), (2, 2, 2)]
+)
+def test_the_groups_follow_xdits_numbers(data, stages, shards):
+    """xDiT numbers ranks, but makes no group of pipeline and branch."""
+    generator = RankGenerator(1, shards, stages // 2, 2, data, 1, "tp-sp-pp-cfg-dp")
+    assert stage_ranks(data * stages * shards, stages, shards) == generator.get_ranks("pp-cfg")
 
 
 def test_a_script_under_the_launcher(tmp_path):

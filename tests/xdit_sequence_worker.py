@@ -4,35 +4,38 @@ Saves what each case gives, or the error that it raises, by its name.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import tiny
 import torch
 import torch.distributed as dist
 import xdit_tiny
+from ranks import waiting_at_once
 
 from hybridiff_xdit import HybridConfig, last_report, remove_hybrid
 from hybridiff_xdit.xdit.options import build_parser
-from hybridiff_xdit.xdit.pipelines import HybridStableDiffusion3Pipeline
+from hybridiff_xdit.xdit.pipelines import HybridStableDiffusion3Pipeline, stage_group
 
 from xfuser import xFuserArgs  # isort: skip  # it imports only after ours
-from xfuser.core.distributed import get_cfg_group, get_runtime_state
+from xfuser.core.distributed import get_cfg_group, get_pp_group, get_runtime_state, get_sp_group
 
 CASES = {
     "cfg": HybridConfig(policy="cfg"),
     "reuse": HybridConfig(plan="FFPPFPFFPF", guidance="reuse"),
     "deferred": HybridConfig(plan="FFPPFSFFPF", guidance="deferred"),
-    "adaptive": HybridConfig(speedup=2.2),
+    "adaptive": HybridConfig(tolerance=0.3),
 }
 
 
 def main(folder: Path, name: str, flags: list[str]) -> None:
     flags = ["--model", str(folder / name), "--prompt", "", "--use_cfg_parallel", *flags]
     engine_config, _ = xFuserArgs.from_cli_args(build_parser().parse_args(flags)).create_config()
+    stages = 2 * engine_config.parallel_config.pp_degree
     results = {}
 
     def load(config: HybridConfig):
-        pipe = HybridStableDiffusion3Pipeline.with_config(config).from_pretrained(
+        pipe = HybridStableDiffusion3Pipeline.with_config(replace(config, stages=stages)).from_pretrained(
             pretrained_model_name_or_path=folder / name, engine_config=engine_config, **xdit_tiny.ABSENT["sd3"]
         )
         pipe.module.set_progress_bar_config(disable=True)
@@ -46,9 +49,12 @@ def main(folder: Path, name: str, flags: list[str]) -> None:
         pipe = load(config)
         latents(pipe, seed=3)  # the second call must not see the first
         results[case] = latents(pipe), last_report(pipe.module)
+    with waiting_at_once():
+        results["waiting"] = latents(load(CASES["reuse"]))
     processors = lambda: {type(p).__name__ for p in pipe.module.transformer.attn_processors.values()}  # noqa: E731
     output = pipe(**xdit_tiny.CALLS["sd3"], **xdit_tiny.COMMON, generator=xdit_tiny.generator())
-    results["groups"] = get_cfg_group().ranks, output is not None
+    results["group"] = dist.get_process_group_ranks(stage_group(stages, get_sp_group().world_size))
+    results["xdit's"] = get_cfg_group().ranks, get_pp_group().ranks, output is not None
     results["processors"] = [processors(), remove_hybrid(pipe.module) and processors()]
     results["plain"] = latents(pipe)
 

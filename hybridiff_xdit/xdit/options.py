@@ -84,7 +84,7 @@ _HYBRID_OPTIONS: dict[str, dict[str, Any]] = {
     "stages": {
         "type": int,
         "metavar": "N",
-        "help": "processes a picture, each with a stage of a PIPELINED step; even (default: 2)",
+        "help": "stages of a PIPELINED step, each on a process or a sequence group of its own; even (default: 2)",
     },
     "balance": {
         "choices": ["time", "flops"],
@@ -229,11 +229,6 @@ def apply_strategy(args: argparse.Namespace, hybrid: HybridConfig | None) -> Non
         args.pipefusion_parallel_degree = 2
     if hybrid is not None:
         refuse_excluded(vars(args))
-        split = [f"--{name}" for name in SEQUENCE_DEGREES if getattr(args, name) > 1]
-        if hybrid.stages > 2 and split:
-            raise ValueError(
-                f"--hybrid_stages {hybrid.stages} cannot be combined with {' and '.join(split)} so far: drop one."
-            )
         args.pipefusion_parallel_degree = hybrid.stages // 2
 
 
@@ -271,11 +266,8 @@ def check_processes(args: argparse.Namespace, world_size: int, processes_here: i
         mend = f"use --nproc_per_node={needed}"
         if args.parallel == "hybrid-cond" and world_size % needed == 0:
             more = world_size // needed
-            stages = 2 * args.pipefusion_parallel_degree
-            if stages == 2:
-                mend += f", or --ulysses_degree {more * args.ulysses_degree} (one picture of an MMDiT)"
-            if args.ulysses_degree * args.ring_degree == 1:
-                mend += f", or --hybrid_stages {more * stages} (one picture)"
+            mend += f", or --ulysses_degree {more * args.ulysses_degree} (one picture of an MMDiT)"
+            mend += f", or --hybrid_stages {more * 2 * args.pipefusion_parallel_degree} (one picture)"
             mend += f", or --data_parallel_degree {more * args.data_parallel_degree} (several pictures at once)"
         raise ValueError(f"{strategy} needs {needed} processes, not {world_size}: {mend}.")
     if 0 < gpus < processes_here:

@@ -2,9 +2,9 @@
 
 These run the diffusers pipeline that xDiT's wrap (as xDiT itself does on one process), with the denoiser hooked on
 xDiT's CFG group, and its tokens split over xDiT's sequence group. With more than two stages the ranks of a branch are
-xDiT's pipeline group, and those of both branches the hook's. Every rank has whole latents; several prompts, several
-images a prompt and callbacks are then diffusers' own affair. Pictures are dealt out to xDiT's data parallel groups,
-each of which is such a pair of branches.
+xDiT's pipeline group (beside a split, those of equal place in the sequence groups), and those of both branches the
+hook's. Every rank has whole latents; several prompts, several images a prompt and callbacks are then diffusers' own
+affair. Pictures are dealt out to xDiT's data parallel groups, each of which is such a pair of branches.
 """
 
 from __future__ import annotations
@@ -63,9 +63,10 @@ class HybridCond:
         xFuserPipelineBaseWrapper.__init__(self, pipeline, engine_config)
         if engine_config.runtime_config.use_torch_compile:
             compile_blocks(denoiser_of(self.module))
-        group = stage_group(self.hybrid.stages)
+        sequence = sequence_split()
+        group = stage_group(self.hybrid.stages, sequence.comm.size if sequence else 1)
         hybrid = replace(self.hybrid, report=None) if get_data_parallel_rank() else self.hybrid
-        apply_hybrid(self.module, hybrid, group=group, sequence=sequence_split(), model=self.model)
+        apply_hybrid(self.module, hybrid, group=group, sequence=sequence, model=self.model)
 
     def __call__(self, prompt: Any = None, **kwargs: Any) -> Any:
         """The diffusers pipeline's call, of this data parallel group's share of the pictures.
@@ -101,7 +102,7 @@ class HybridCond:
 
 
 class HybridStableDiffusion3Pipeline(HybridCond, xFuserStableDiffusion3Pipeline):
-    """SD3 and SD3.5 on two ranks, two sequence groups or two pipeline groups, one a branch."""
+    """SD3 and SD3.5 on two ranks, sequence groups, pipeline groups or products of these, one a branch."""
 
 
 class HybridStableDiffusionXLPipeline(HybridCond, xFuserStableDiffusionXLPipeline):
@@ -112,16 +113,28 @@ class HybridStableDiffusionXLPipeline(HybridCond, xFuserStableDiffusionXLPipelin
             super()._init_runtime_state(pipeline, engine_config)
 
 
-def stage_group(stages: int) -> dist.ProcessGroup:
-    """The group of ranks that have a stage of the same picture, uncond's first.
+def stage_group(stages: int, shards: int = 1) -> dist.ProcessGroup:
+    """The group of ranks that have a stage of the same picture and the same place in their sequence groups.
 
-    All processes must ask for it. xDiT numbers ranks by pipeline rank, then by branch, then by data parallel group.
+    Uncond's ranks come first. All processes must ask for it, and make all such groups in the same order.
+
+    Args:
+        stages: of a PIPELINED step.
+        shards: ranks of a sequence group.
     """
     if stages == 2:
         return get_cfg_group().device_group
-    starts = range(0, dist.get_world_size(), stages)
-    groups = [dist.new_group(list(range(start, start + stages))) for start in starts]
-    return groups[dist.get_rank() // stages]
+    return dist.new_subgroups_by_enumeration(stage_ranks(dist.get_world_size(), stages, shards))[0]
+
+
+def stage_ranks(world_size: int, stages: int, shards: int) -> list[list[int]]:
+    """The ranks of all such groups: xDiT numbers ranks by place in the sequence, stage, branch, data parallel group."""
+    picture = stages * shards
+    return [
+        list(range(start + place, start + picture, shards))
+        for start in range(0, world_size, picture)
+        for place in range(shards)
+    ]
 
 
 def compile_blocks(denoiser: torch.nn.Module, **options: Any) -> None:
