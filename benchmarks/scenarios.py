@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +61,17 @@ SDXL_TINY = {
 SD3_TINY = {**SD3_MEDIUM, "num_layers": 4, "num_attention_heads": 2, "caption_projection_dim": 128}
 
 
+@contextmanager
+def _made_in(dtype: torch.dtype) -> Iterator[None]:
+    """Weights are made in this dtype: made in another and converted, they leave holes in the GPU's memory."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 @dataclass(frozen=True)
 class Scenario:
     """One model at one size.
@@ -98,11 +111,10 @@ class Scenario:
             pipe = DiffusionPipeline.from_pretrained(checkpoint, torch_dtype=dtype, local_files_only=True, **absent)
             pipe.to(device)
         else:
-            with device:
-                denoiser = build(self.settings).to(dtype)
+            with device, _made_in(dtype):
+                denoiser = build(self.settings).to(dtype)  # its buffers too
                 if whole:
-                    encoders, tokenizers = self._text(dtype)
-                    parts = {**dict(zip(names, [*encoders, *tokenizers], strict=True)), "vae": self._vae().to(dtype)}
+                    parts = {**dict(zip(names, self._text(), strict=True)), "vae": self._vae()}
             pipe = self._assembled(denoiser, parts)
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -145,8 +157,8 @@ class Scenario:
         )
         return StableDiffusionXLPipeline(unet=denoiser, scheduler=scheduler, add_watermarker=False, **parts)
 
-    def _text(self, dtype: torch.dtype) -> tuple[list[Any], list[Any]]:
-        """Text encoders and tokenizers, in the pipeline's order."""
+    def _text(self) -> list[Any]:
+        """Text encoders, then tokenizers, each in the pipeline's order."""
         with_projection = CLIPTextModelWithProjection
         first = with_projection if self.family == "mmdit" else CLIPTextModel
         clip, t5 = ({"num_hidden_layers": 1}, {"num_layers": 1, "d_ff": 64}) if self.is_tiny else ({}, {})
@@ -161,7 +173,7 @@ class Scenario:
         if self.family == "mmdit":
             encoders.append(T5EncoderModel(T5Config(**{**T5_XXL, **t5})))
             tokenizers.append(T5TokenizerFast.from_pretrained(TOKENIZERS / "tokenizer_3"))
-        return [encoder.to(dtype).eval() for encoder in encoders], tokenizers
+        return [*(encoder.eval() for encoder in encoders), *tokenizers]
 
     def _vae(self) -> AutoencoderKL:
         channels = self.settings["in_channels"]

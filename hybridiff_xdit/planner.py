@@ -43,7 +43,7 @@ from .checkpoints import Checkpoint
 from .config import HybridConfig
 from .denoisers import branch_inputs, build
 from .graphs import Graphs
-from .partition import Inputs, Partition, read, tensors_of
+from .partition import Anatomy, Inputs, Partition, read, tensors_of
 from .plan import FULL, PIPELINED, SKIPPED, Plan, StepKind, synchronous_steps
 
 #: Stages that `best` may choose. With more, FULL steps read old boundaries too: that is for the user to want.
@@ -123,21 +123,35 @@ class Speed:
         return self.fixed + flops / self.rate
 
 
-#: By `Anatomy.family`, in float16: graphs replayed alone on one GPU, a branch's forward of SDXL and SD3-medium at 1024
-#: and 2048 px (`Point`); ``step`` from one rank that ran without a peer; ``skew`` from its share of a PIPELINED step;
-#: ``launch`` from the forward at 1024 px without graphs, for SD3 an upper bound. The H100's figures are those of
-#: benchmarks/results/two-ranks_2xH100_2026-11-24.md. It was not timed at 2048 px, nor ``step`` and ``skew`` on the
-#: H200: there the other's stand in, the forwards scaled by the two at 1024 px.
-_UNET = {"step": 2.4e-3, "skew": 1.056, "launch": 46e-3 / 32}
-_MMDIT = {"step": 1.0e-3, "skew": 1.007, "launch": 27.8e-3 / 26}
+#: By `Cost.kind`, in float16: graphs replayed alone on one GPU, a branch's forward of SDXL and SD3-medium at 1024 and
+#: 2048 px (`Point`); ``step`` from the denoising loop of one GPU with graphs at 1024 px, less its forwards; ``skew``
+#: from a rank's share of a PIPELINED step, replayed alone; ``launch`` from the forward at 1024 px without graphs, for
+#: SD3 an upper bound. The H100's figures are those of two-ranks_2xH100_2026-11-24.md and speed_2xH100_2026-11-24.md in
+#: benchmarks/results, and for 2048 px of speed_2xH100_2026-11-25.md. ``step`` and ``skew`` were not timed on the H200:
+#: there the H100's stand in.
+_UNET = {"step": 1.3e-3, "skew": 1.056, "launch": 46e-3 / 32}
+_MMDIT = {"step": 0.5e-3, "skew": 1.007, "launch": 27.8e-3 / 26}
+#: Where queries and keys are normed (SD3.5), by kernels that take time but hardly a FLOP: what SD3.5-large takes at
+#: 1024 px (97.5 ms) over what the line of SD3-medium says for its FLOPs. Not timed at another size, nor on the H200.
+_QK_NORM = 1.155
+
+
+def _mmdits(small: Point, large: Point) -> dict[str, Speed]:
+    slower = [Point(flops, _QK_NORM * seconds) for flops, seconds in (small, large)]
+    return {
+        "mmdit": Speed.through(small, large, **_MMDIT),
+        "mmdit, qk_norm": Speed.through(slower[0], slower[1], **_MMDIT),
+    }
+
+
 SPEEDS = {
     "H100": {
-        "unet": Speed.through(Point(6.761e12, 27.3e-3), Point(35.907e12, 102e-3 * 27.3 / 26.4), **_UNET),
-        "mmdit": Speed.through(Point(8.904e12, 26.9e-3), Point(63.923e12, 167.5e-3 * 26.9 / 26.7), **_MMDIT),
+        "unet": Speed.through(Point(6.761e12, 27.3e-3), Point(35.907e12, 106.5e-3), **_UNET),
+        **_mmdits(Point(8.904e12, 26.9e-3), Point(63.923e12, 169.5e-3)),
     },
     "H200": {
         "unet": Speed.through(Point(6.761e12, 26.4e-3), Point(35.907e12, 102e-3), **_UNET),
-        "mmdit": Speed.through(Point(8.904e12, 26.7e-3), Point(63.923e12, 167.5e-3), **_MMDIT),
+        **_mmdits(Point(8.904e12, 26.7e-3), Point(63.923e12, 167.5e-3)),
     },
 }
 
@@ -147,6 +161,7 @@ class Cost:
     """One branch of a denoiser at one size.
 
     Attributes:
+        kind: whose figures of `SPEEDS` are its: `Anatomy.family`, and whether an MMDiT's queries and keys are normed.
         flops: of a forward.
         share: the larger of two stages' part of them.
         units: pieces that the forward is made of (`Anatomy.units`).
@@ -162,7 +177,7 @@ class Cost:
         heads: of an attention.
     """
 
-    family: str
+    kind: str
     flops: float
     share: float
     units: int
@@ -195,7 +210,7 @@ class Cost:
 
         size = dtype.itemsize
         return cls(
-            family=anatomy.family,
+            kind=_kind(anatomy),
             flops=sum(partition.flops),
             share=max(partition.flops) / sum(partition.flops),
             units=len(anatomy.units),
@@ -244,10 +259,15 @@ def _tokens(anatomy: Any, partition: Partition, size: int) -> dict[str, int]:
     }
 
 
-def speed_of(family: str, device: str) -> tuple[Speed, str]:
+def speed_of(kind: str, device: str) -> tuple[Speed, str]:
     """The stored figures for a GPU by its name, and whose they are; an unknown one gets the H100's."""
     name = next((name for name in SPEEDS if name in device), "H100")
-    return SPEEDS[name][family], name
+    return SPEEDS[name][kind], name
+
+
+def _kind(anatomy: Anatomy) -> str:
+    config: Any = anatomy.denoiser.config
+    return f"{anatomy.family}, qk_norm" if config.get("qk_norm") else anatomy.family
 
 
 def cost_of(checkpoint: Checkpoint, height: int, width: int) -> Cost:
@@ -299,7 +319,7 @@ def calibrate(checkpoint: Checkpoint, height: int, width: int, device: torch.dev
                 replay(inputs)
             points.append(Point(sum(anatomy.partition(inputs).flops), seconds(replay, inputs)))
         launch = seconds(forward, small) / len(anatomy.units) if is_cuda else 0.0
-    stored = SPEEDS["H100"][anatomy.family]
+    stored = SPEEDS["H100"][_kind(anatomy)]
     return Speed.through(*points, step=stored.step, skew=stored.skew, launch=launch)
 
 

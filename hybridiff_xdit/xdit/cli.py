@@ -62,7 +62,7 @@ def plan(argv: list[str]) -> int:
         steps = args.steps or checkpoint.steps
         kinds = planner.expected_plan(HybridConfig(speedup=args.hybrid_speedup, plan=args.hybrid_plan), steps)
         cost = planner.cost_of(checkpoint, height, width)
-        speed, source = planner.speed_of(cost.family, args.device or _device_name())
+        speed, source = planner.speed_of(cost.kind, args.device or _device_name())
         if args.calibrate:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             speed, source = planner.calibrate(checkpoint, height, width, device), f"measured on this {device.type}"

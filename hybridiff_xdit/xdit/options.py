@@ -178,7 +178,7 @@ def choose_layout(args: argparse.Namespace, gpus: int, device: str) -> tuple[lis
     if args.batch_size:
         images = min(images, args.batch_size)
     cost = planner.cost_of(checkpoint, args.height or checkpoint.size, args.width or checkpoint.size)
-    speed, source = planner.speed_of(cost.family, device)
+    speed, source = planner.speed_of(cost.kind, device)
     plan = planner.expected_plan(config, args.num_inference_steps or checkpoint.steps)
     best = planner.best(planner.rank_layouts(cost, speed, planner.Machine(), plan, gpus, images))
     flags = best.layout.flags()
