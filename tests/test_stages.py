@@ -203,6 +203,7 @@ def test_report_files(tmp_path):
 
 def blocking(name, fields):
     """(latents, seconds that a send to a late receiver took), where each transfer is waited for at once."""
+    dist.barrier()  # else a rank that starts late finds the other one waiting
     start = time.monotonic()
     if dist.get_rank() == 0:
         Comm().send(torch.zeros(1), 1).wait()
