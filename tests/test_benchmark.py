@@ -15,9 +15,7 @@ STRATEGIES = ["one-gpu", "paper", "cfg, ulysses", "adaptive 2.5, pairs"]
 def test_every_strategy_is_timed_and_reported(tmp_path):
     out = tmp_path / "times.jsonl"
     flags = ("--steps", 10, "--repeats", 2, "--warm-up", 3, "--out", out, "--trace", tmp_path / "traces", "--strategy")
-    torchrun(
-        BENCHMARKS / "run.py", "--scenario", "sdxl-tiny", "sd3-tiny", *flags, "--strategy", *STRATEGIES, processes=4
-    )
+    torchrun(BENCHMARKS / "run.py", "--scenario", "sdxl-tiny", "sd3-tiny", *flags, *STRATEGIES, processes=4)
     lines = {(line["scenario"], line["strategy"]): line for line in map(json.loads, out.read_text().splitlines())}
     without = {("sdxl-tiny", "cfg, ulysses")}  # a U-Net has no sequence
     assert lines.keys() == {(name, s) for name in ("sdxl-tiny", "sd3-tiny") for s in STRATEGIES} - without
