@@ -25,7 +25,7 @@ def table(lines: list[dict]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for line in lines:
-        if line["strategy"].startswith(("xdit", "both branches")):  # not ours to predict
+        if not is_predicted(line):
             continue
         measured = seconds(line)
         predicted = prediction(line)
@@ -35,6 +35,11 @@ def table(lines: list[dict]) -> str:
         error = f"{100 * (predicted / measured - 1):+.0f}%"
         rows.append(f"| {name} | {measured:.2f} | {predicted:.2f} | {error} | {note} |")
     return "\n".join(rows) + "\n"
+
+
+def is_predicted(line: dict) -> bool:
+    """Whether a strategy is the model's to predict: not xDiT's own, nor AsyncDiff's."""
+    return not line["strategy"].startswith(("xdit", "both branches"))
 
 
 def seconds(line: dict) -> float:

@@ -79,7 +79,8 @@ class Encoding:
 
     def _differing(self, arguments: Arguments, own: Arguments | None, made: Any) -> list[str]:
         """Compare what was asked for and what came of it; also where nothing is split, for another rank may split."""
-        parts = [getattr(self.pipe, f"text_encoder{number}", None) for number in _NUMBERS]
+        # The embeddings would tell, had each rank made them; who is given them all needs no encoders.
+        parts = [getattr(self.pipe, f"text_encoder{number}", None) for number in _NUMBERS if own]
         encoders = [fingerprint(part) for part in parts if part is not None]
         facts = {
             "guidance on or off (--guidance_scale)": bool(arguments.get("do_classifier_free_guidance")),
@@ -88,8 +89,7 @@ class Encoding:
                 [arguments.get(name) for name in (*_TEXTS, *_OPTIONS)],
                 [arguments.get(name) is None for name in _EMBEDS],
             ),
-            # The embeddings would tell, had each rank made them; who is given them all needs no encoders.
-            "text encoders or their adapters (--model)": checksum([torch.zeros(1), *(encoders if own else [])]),
+            "text encoders or their adapters (--model)": checksum([torch.zeros(1), *encoders]),
             "embeddings (number of pictures, dtype, or an error that another rank's log tells)": made,
         }
         return differing(facts, self.comm, self.across, _device(self.pipe, arguments))

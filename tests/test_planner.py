@@ -26,7 +26,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 def lines(pattern):
     """What was measured on two GPUs, of ours and of one GPU."""
     rows = (json.loads(row) for file in sorted(RESULTS.glob(pattern)) for row in file.read_text().splitlines())
-    return [row for row in rows if not row["strategy"].startswith(("xdit", "both branches"))]
+    return list(filter(predict_script.is_predicted, rows))
 
 
 MEASURED = lines("two-ranks_*.jsonl")  # stages balanced by FLOPs, as the model counts bytes
