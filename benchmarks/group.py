@@ -1,4 +1,7 @@
-"""Joining the process group that torchrun describes: a GPU a process with NCCL, or the CPU with gloo."""
+"""Joining the process group that torchrun describes: a GPU a process with NCCL, or the CPU with gloo.
+
+Processes that outnumber the GPUs share them, and exchange through the host's memory: NCCL allows one process a GPU.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from hybridiff_xdit.comm import Comm, Transfer
+from hybridiff_xdit.comm import Comm, Gathering, Transfer
 from hybridiff_xdit.sequence import SequenceSplit
 from hybridiff_xdit.xdit.compat import import_xfuser
 
@@ -18,10 +21,15 @@ def join() -> torch.device:
     if not torch.cuda.is_available():
         dist.init_process_group("gloo")
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     torch.cuda.set_device(device)
-    dist.init_process_group("nccl")
+    dist.init_process_group("gloo" if gpus_are_shared() else "nccl")
     return device
+
+
+def gpus_are_shared() -> bool:
+    """Whether there are more processes on this machine than GPUs."""
+    return 0 < torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"])
 
 
 class Place(NamedTuple):
@@ -46,6 +54,20 @@ class Place(NamedTuple):
         pairs = [dist.new_group([i, i + size // 2]) for i in range(size // 2)]
         place = dist.get_rank() % (size // 2)
         return cls(pairs[place], place == 0)
+
+
+class ThroughHost(Comm):
+    """Exchanges tensors of GPUs by gloo, through the host's memory: slowly, and waiting for the GPU each time."""
+
+    def gather(self, tensor: torch.Tensor) -> Gathering:
+        on_host = super().gather(tensor.cpu()).wait()
+        return Gathering(self, tensor, [part.to(tensor.device) for part in on_host], _Done())
+
+    def send(self, tensor: torch.Tensor, dst: int) -> Transfer:
+        return super().send(tensor.cpu(), dst)
+
+    def receive(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
+        return tensor.copy_(super().receive(torch.empty_like(tensor, device="cpu"), src))
 
 
 class Alone(Comm):
@@ -94,9 +116,13 @@ def xdit_config(**flags: Any) -> Any:
     return engine_config
 
 
-def ulysses(pipe: Any) -> SequenceSplit:
-    """A split of a branch's tokens over half of the ranks, by xDiT's Ulysses attention on xDiT's groups."""
-    engine_config = xdit_config(use_cfg_parallel=True, ulysses_degree=dist.get_world_size() // 2)
+def ulysses(pipe: Any, branches: int = 2) -> SequenceSplit:
+    """A split of a branch's tokens over the ranks of a branch, by xDiT's Ulysses attention on xDiT's groups.
+
+    Args:
+        branches: how many have ranks: with one, all ranks are that branch's.
+    """
+    engine_config = xdit_config(use_cfg_parallel=branches == 2, ulysses_degree=dist.get_world_size() // branches)
     from hybridiff_xdit.xdit.sequence import sequence_split
 
     from xfuser.core import distributed  # isort: skip
@@ -104,7 +130,7 @@ def ulysses(pipe: Any) -> SequenceSplit:
     distributed.initialize_runtime_state(pipe, engine_config)
     split = sequence_split()
     if split is None:
-        raise SystemExit("The strategies with ulysses need 4 processes or more: --nproc_per_node 4.")
+        raise SystemExit(f"The strategies with ulysses need two processes a branch: --nproc_per_node {2 * branches}.")
     return split
 
 

@@ -54,7 +54,8 @@ def prediction(line: dict) -> float:
     if line["plan"] is None:
         return one_gpu(cost, speed, line["steps"])
     pictures = line.get("pictures", 1)
-    sequence = len(line["peak_memory"]) // 2 if "ulysses" in line["strategy"] else 1
+    branches = 1 if ", rank" in line["strategy"] else 2  # that have ranks
+    sequence = len(line["peak_memory"]) // branches if "ulysses" in line["strategy"] else 1
     plan = Plan.parse(line["plan"])
     return predict(cost, speed, Machine(), plan, Layout(pictures, sequence), pictures).seconds
 

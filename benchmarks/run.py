@@ -12,9 +12,13 @@ A strategy is a configuration and, after commas, how it is run:
     compiled  the transformer blocks by ``torch.compile``
     vae       the VAE's decoder split over the ranks of a picture, by DistVAE; with ``--whole``
     ulysses   on all ranks for one picture (MMDiTs); without it, more than two ranks leave all but the first pair idle
+    stages    on all ranks for one picture, as many stages
     pairs     on all ranks, a picture a pair
     rank 0    what rank 0 does, without a peer: the pictures are wrong and nothing is exchanged, all else is done.
-              Needs one GPU; what a second one would change is the time of the exchanges.
+              Needs one GPU; what a second one would change is the time of the exchanges. With ulysses, what the group
+              does that has rank 0's part, on all ranks: half of the GPUs that the whole strategy takes.
+
+More processes than GPUs share them, and ours exchange through the host: memory is a rank's, but times mean nothing.
 
 ``one-gpu`` is the pipeline as it is, on rank 0, while the others wait on the host. ``both branches`` pipelines both, as
 AsyncDiff does (`both_branches.py`). ``xdit cfg``, ``xdit ulysses`` and ``xdit pipefusion`` are xDiT's own strategies on
@@ -69,7 +73,7 @@ CONFIGS: dict[str, HybridConfig | None] = {
 BOTH_BRANCHES = "both branches"
 #: Its steps before both branches are pipelined: AsyncDiff's fewest.
 WARM_UP = 1
-WAYS = ("eager", "graphs", "compiled", "vae", "ulysses", "pairs", "rank 0", "rank 1")
+WAYS = ("eager", "graphs", "compiled", "vae", "ulysses", "stages", "pairs", "rank 0", "rank 1")
 BLOCKS = 2
 
 
@@ -107,9 +111,9 @@ class Strategy(NamedTuple):
 
     def runs_here(self, place: group.Place) -> bool:
         """Whether this rank has a part in it."""
-        if not self.needs_peer:
-            return dist.get_rank() == 0
-        return self.is_rival or "ulysses" in self.ways or "pairs" in self.ways or place.first
+        if self.is_rival or not {"ulysses", "stages", "pairs"}.isdisjoint(self.ways):
+            return True
+        return place.first if self.needs_peer else dist.get_rank() == 0
 
     @property
     def alone(self) -> int | None:
@@ -168,11 +172,14 @@ class Strategy(NamedTuple):
             with _graphed(pipe) if "graphs" in self.ways else nullcontext() as found:
                 yield found
             return
-        config = replace(self.config, cuda_graphs="eager" not in self.ways)
+        stages, ranks = (dist.get_world_size(), None) if "stages" in self.ways else (2, place.pair)
+        config = replace(self.config, cuda_graphs="eager" not in self.ways, stages=stages)
         is_alone = self.alone is not None
-        with mock.patch.object(hybrid, "Solo", partial(group.Alone, self.alone)) if is_alone else nullcontext():
-            sequence = group.ulysses(pipe) if "ulysses" in self.ways else None
-            apply_hybrid(pipe, config, group=place.pair, sequence=sequence, model=name, simulate=is_alone)
+        alone = partial(group.Alone, self.alone) if is_alone else hybrid.Solo
+        comm = group.ThroughHost if group.gpus_are_shared() else Comm
+        with mock.patch.multiple(hybrid, Solo=alone, Comm=comm):
+            sequence = group.ulysses(pipe, branches=1 if is_alone else 2) if "ulysses" in self.ways else None
+            apply_hybrid(pipe, config, group=ranks, sequence=sequence, model=name, simulate=is_alone)
         try:
             yield getattr(pipe, hybrid._SESSION).graphs
         finally:

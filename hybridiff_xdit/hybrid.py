@@ -103,8 +103,6 @@ class _Session:
         self.sequence = sequence
         self.denoiser: Any = anatomy.denoiser
         self.graphs = Graphs(self.denoiser, is_on=config.cuda_graphs is not False)
-        if sequence is not None:
-            self.graphs.refuse("a branch's tokens are split over ranks")
         self.across = sequence.comm if sequence else None
         self.executor = Executor(anatomy, comm, self.graphs, self.across, config.stages)
         self.signature = inspect.signature(type(self.denoiser).forward)

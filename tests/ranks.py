@@ -37,7 +37,8 @@ class Ranks:
 
     Args:
         size: number of ranks.
-        device: ``cpu`` (gloo) or ``cuda`` (NCCL; rank i has GPU i).
+        device: ``cpu`` (gloo) or ``cuda`` (NCCL, rank i has GPU i; where there are more ranks than GPUs, they share
+            them, and gloo takes what is exchanged through the host).
         group_timeout: of the process group, seconds.
     """
 
@@ -141,16 +142,24 @@ def _serve(pipe: Any, rank: int, size: int, kind: str, store: str, timeout: floa
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), TEST_DEVICE=kind)
     torch.set_num_threads(1)
+    is_shared = kind == "cuda" and size > torch.cuda.device_count()
     if kind == "cuda":
-        torch.cuda.set_device(rank)  # TF32 is off by default for matrix products, on for convolutions
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+        # TF32 is off by default for matrix products, on for convolutions.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     dist.init_process_group(
-        "nccl" if kind == "cuda" else "gloo",
+        "nccl" if kind == "cuda" and not is_shared else "gloo",
         init_method=f"file://{store}",
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=timeout),
     )
+    if is_shared:
+        import group
+
+        from hybridiff_xdit import hybrid
+
+        hybrid.Comm = group.ThroughHost
     while True:
         try:
             path, name, args = pickle.loads(pipe.recv_bytes())

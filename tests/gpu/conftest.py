@@ -13,3 +13,11 @@ def pair() -> Iterator[Ranks]:
     ranks = Ranks(2, "cuda", group_timeout=60)
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Ranks]:
+    """Four ranks, on fewer GPUs if there are fewer: these take what is exchanged through the host."""
+    ranks = Ranks(4, "cuda", group_timeout=60)
+    yield ranks
+    ranks.close()

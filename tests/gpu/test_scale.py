@@ -1,0 +1,112 @@
+"""More than two stages, and a branch's tokens split over ranks, on GPUs: by CUDA graph and not, against the oracle.
+
+Four ranks share the GPUs where there are fewer. Two ranks that split the tokens play both branches in turn.
+"""
+
+import group
+import oracle
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+from ranks import Ranks, device
+
+from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
+from hybridiff_xdit.hybrid import _SESSION
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+PLAN = "FFFFFPPPFFPFFSPF"
+ALL_FULL = "F" * len(PLAN)
+TOLERANCE = 1e-4  # float32, of the largest latent
+
+
+def call(pipe, name):
+    embeds = {key: tensor.to(pipe.dtype) for key, tensor in tiny.prompt(name).items()}
+    return tiny.call(pipe, name, num_inference_steps=len(PLAN), **embeds)
+
+
+def compare(pipe, name, cut, fields, **how):
+    """(latents of calls with graphs and without, number of pieces captured, largest error against the oracle)."""
+    found, captured = [], []
+    for cuda_graphs in (None, False):
+        apply_hybrid(pipe, HybridConfig(balance="flops", cuda_graphs=cuda_graphs, **fields), **how)
+        found += [call(pipe, name) for _ in range(2)]
+        plan, rule = last_report(pipe)["plan"], last_report(pipe)["config"]["guidance"]
+        captured.append(len(getattr(pipe, _SESSION).graphs.captured()))
+        remove_hybrid(pipe)
+    assert plan == fields.get("plan", ALL_FULL) and captured[1] == 0
+    with oracle.inside(pipe, plan=plan, rule=rule or "reuse", cut=cut):
+        expected = call(pipe, name)
+    error = (found[0] - expected).abs().max() / expected.abs().max()
+    return [latents.cpu() for latents in found], captured[0], error.item()
+
+
+def check(ranks, captured, tolerance=TOLERANCE):
+    first = ranks[0][0][0]
+    for found, count, error in ranks:
+        assert all(torch.equal(latents, first) for latents in found)
+        assert count in captured and error < tolerance
+
+
+def stages(name, rule):
+    fields = {"plan": PLAN, "guidance": rule, "stages": 4}
+    return compare(tiny.pipeline(name, device()), name, oracle.STAGE_CUTS[name, 4], fields)
+
+
+@pytest.mark.parametrize("rule", ["reuse", "deferred"])
+@pytest.mark.parametrize(("name", "pieces"), [("sd3", [2]), ("sdxl", [3, 4])])
+def test_four_stages_are_the_oracle(four, name, pieces, rule):
+    """A rank has two stages on FULL steps, one of which it has on PIPELINED steps too; a U-Net's have two segments."""
+    check(four.run(stages, name, rule), pieces)
+
+
+def split(flags, fields, dtype):
+    """Both branches on every rank, each split over the ranks by xDiT."""
+    pipe = tiny.PIPELINES["sd3"]().to(device(), getattr(torch, dtype))
+    pipe.set_progress_bar_config(disable=True)
+    return compare(pipe, "sd3", oracle.CUTS["sd3"], fields, sequence=sequence(pipe, flags), simulate=True)
+
+
+def sequence(pipe, flags):
+    config = group.xdit_config(**flags)
+    from hybridiff_xdit.xdit.sequence import sequence_split
+
+    from xfuser.core import distributed  # isort: skip
+
+    distributed.initialize_runtime_state(pipe, config)
+    return sequence_split()
+
+
+@pytest.mark.parametrize(
+    ("fields", "pieces"), [({"policy": "cfg"}, [1]), ({"plan": PLAN, "guidance": "deferred"}, [3])], ids=["cfg", "plan"]
+)
+@pytest.mark.parametrize(
+    ("flags", "dtype", "tolerance"),
+    [
+        ({"ulysses_degree": 2}, "float32", TOLERANCE),
+        ({"ring_degree": 2, "attention_backend": "sdpa_flash"}, "float16", 0.05),  # flash attention takes no float32
+    ],
+    ids=["ulysses", "ring"],
+)
+def test_split_tokens_are_the_oracle(pair, flags, dtype, tolerance, fields, pieces):
+    check(pair.run(split, flags, fields, dtype), pieces, tolerance)
+
+
+def ends():
+    """What the graphs hold of the group is still there when it is destroyed."""
+    pipe = tiny.pipeline("sd3", device())
+    apply_hybrid(pipe, HybridConfig(policy="cfg"), sequence=sequence(pipe, {"ulysses_degree": 2}), simulate=True)
+    for _ in range(2):
+        call(pipe, "sd3")
+    dist.destroy_process_group()
+    return len(getattr(pipe, _SESSION).graphs.captured())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_group_whose_collectives_are_captured_can_be_destroyed():
+    ranks = Ranks(2, "cuda", group_timeout=60)
+    try:
+        assert ranks.run(ends, timeout=60) == [1, 1]
+    finally:
+        ranks.close()
