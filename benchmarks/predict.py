@@ -29,8 +29,7 @@ def table(lines: list[dict]) -> str:
             continue
         measured = seconds(line)
         predicted = prediction(line)
-        is_graphed, is_split = any(line.get("pieces") or ()), "ulysses" in line["strategy"]
-        note = "" if is_graphed or is_split else "eager: not claimed"
+        note = "" if any(line.get("pieces") or ()) else "eager: not claimed"
         name = f"{line['device'].split()[1]} | {line['scenario']} | {line['strategy']}"
         error = f"{100 * (predicted / measured - 1):+.0f}%"
         rows.append(f"| {name} | {measured:.2f} | {predicted:.2f} | {error} | {note} |")
@@ -38,8 +37,9 @@ def table(lines: list[dict]) -> str:
 
 
 def is_predicted(line: dict) -> bool:
-    """Whether a strategy is the model's to predict: not xDiT's own, nor AsyncDiff's."""
-    return not line["strategy"].startswith(("xdit", "both branches"))
+    """Whether a strategy is the model's to predict: not xDiT's, AsyncDiff's, compiled blocks, or the faster rank."""
+    base, *ways = line["strategy"].split(", ")
+    return not base.startswith(("xdit", "both branches")) and {"compiled", "rank 0"}.isdisjoint(ways)
 
 
 def seconds(line: dict) -> float:

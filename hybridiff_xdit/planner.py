@@ -14,13 +14,12 @@ denoiser of f FLOPs a branch with A attentions of width D over n image and s tex
     share      skew times the larger part of the FLOPs of two stages; skew / S of more
     f_p        linear (n / p + s) / (n + s) + 4 A D (n / p + s) (n + s),  linear = f - 4 A D (n + s)^2
     exchange   4 A all-to-alls (query, key, value, output; xDiT sends the text's queries and outputs too), and one
-               all-gather of the prediction's shards:
-               (4 A + 1) latency + (p - 1) / p (A (4 n / p + 2 s) D + prediction) / bandwidth
+               all-gather of the prediction's shards, of b = A (4 n / p + 2 s) D + prediction bytes in all, which are
+               packed and unpacked as well:  (4 A + 1) latency + (p - 1) / p b / bandwidth + b / packing
     link(b)    latency + b / bandwidth, of the link that the axis crosses
 
-Nothing is taken to overlap, and all that is sent along an axis that crosses nodes is taken to leave its node. A branch
-whose tokens are split runs without CUDA graphs, so that its work(x) is at least x times the time that the host needs,
-`launch` for each unit. A group with k pictures takes k times as long as with one.
+Nothing is taken to overlap, and all that is sent along an axis that crosses nodes is taken to leave its node. A group
+with k pictures takes k times as long as with one.
 
 What the model leaves out: text encoders, the VAE, the two calls before a graph is replayed, ranks waiting for one
 another, and that small shards fill a GPU less than `fixed` says. Memory is crude: the weights, which every rank holds,
@@ -70,8 +69,8 @@ class Link(NamedTuple):
         return exchanges * self.latency + count / self.bandwidth
 
 
-#: Assumed, not measured: two thirds of what NVLink 4 has one way, and about the latency of NCCL's kernels.
-NVLINK = Link("NVLink", 300e9, 20e-6)
+#: Two thirds of what NVLink 4 has one way is assumed; the latency was measured (see `SPEEDS`).
+NVLINK = Link("NVLink", 300e9, 14e-6)
 #: A 400 Gb/s port a GPU: 46 to 48 GB/s are usual (github.com/NVIDIA/nccl-tests/issues/290). The latency is assumed.
 NETWORK = Link("network", 45e9, 40e-6)
 
@@ -101,14 +100,14 @@ class Speed:
         rate: FLOPs a second of the rest.
         step: seconds of a step beside the forwards.
         skew: time of the slower of two stages, over what its FLOPs say.
-        launch: seconds that the host takes to launch a unit's kernels without CUDA graphs.
+        packing: bytes a second at which what a split of the tokens exchanges is brought into order, before and after.
     """
 
     fixed: float
     rate: float
     step: float = 0.0
     skew: float = 1.0
-    launch: float = 0.0
+    packing: float = math.inf
 
     @classmethod
     def through(cls, small: Point, large: Point, **rest: float) -> Speed:
@@ -125,12 +124,12 @@ class Speed:
 
 #: By `Cost.kind`, in float16: graphs replayed alone on one GPU, a branch's forward of SDXL and SD3-medium at 1024 and
 #: 2048 px (`Point`); ``step`` from the denoising loop of one GPU with graphs at 1024 px, less its forwards; ``skew``
-#: from a rank's share of a PIPELINED step, replayed alone; ``launch`` from the forward at 1024 px without graphs, for
-#: SD3 an upper bound. The H100's figures are those of two-ranks_2xH100_2026-11-24.md and speed_2xH100_2026-11-24.md in
-#: benchmarks/results, and for 2048 px of speed_2xH100_2026-11-25.md. ``step`` and ``skew`` were not timed on the H200:
-#: there the H100's stand in.
-_UNET = {"step": 1.3e-3, "skew": 1.056, "launch": 46e-3 / 32}
-_MMDIT = {"step": 0.5e-3, "skew": 1.007, "launch": 27.8e-3 / 26}
+#: from a rank's share of a PIPELINED step, replayed alone; ``packing`` (and the latency of NVLink) from a branch's
+#: forward with its tokens split over two GPUs, SD3-medium at 1024 and 2048 px. The H100's figures are those of
+#: two-ranks_2xH100_2026-11-24.md and speed_2xH100_2026-11-24.md in benchmarks/results, for 2048 px and split tokens of
+#: speed_2xH100_2026-11-25.md. Only forwards were timed on the H200: else the H100's stand in.
+_UNET = {"step": 1.3e-3, "skew": 1.056}
+_MMDIT = {"step": 0.5e-3, "skew": 1.007, "packing": 226e9}
 #: Where queries and keys are normed (SD3.5), by kernels that take time but hardly a FLOP: what SD3.5-large takes at
 #: 1024 px (97.5 ms) over what the line of SD3-medium says for its FLOPs. Not timed at another size, nor on the H200.
 _QK_NORM = 1.155
@@ -236,9 +235,11 @@ class Cost:
         return (self.flops - squares * tokens**2) * mine / tokens + squares * mine * tokens
 
     def exchanged(self, p: int) -> float:
-        """Bytes that a rank of p sends for a forward, in 4 exchanges an attention and one of the prediction."""
-        attention = (4 * self.image / p + 2 * self.text) * self.width
-        return (p - 1) / p * (self.attentions * attention + self.prediction)
+        """Bytes of a rank of p that its exchanges of a forward see, 4 an attention and one of the prediction.
+
+        Of them it sends (p - 1) / p, and keeps the rest.
+        """
+        return self.attentions * (4 * self.image / p + 2 * self.text) * self.width + self.prediction
 
 
 def _features(partition: Partition, count: Any) -> int:
@@ -318,9 +319,8 @@ def calibrate(checkpoint: Checkpoint, height: int, width: int, device: torch.dev
             for _ in range(3):  # as it is, captured, replayed
                 replay(inputs)
             points.append(Point(sum(anatomy.partition(inputs).flops), seconds(replay, inputs)))
-        launch = seconds(forward, small) / len(anatomy.units) if is_cuda else 0.0
     stored = SPEEDS["H100"][_kind(anatomy)]
-    return Speed.through(*points, step=stored.step, skew=stored.skew, launch=launch)
+    return Speed.through(*points, step=stored.step, skew=stored.skew, packing=stored.packing)
 
 
 def _latents(checkpoint: Checkpoint, height: int, width: int) -> tuple[int, int]:
@@ -400,7 +400,6 @@ class Prediction(NamedTuple):
         speedup: over one GPU with CUDA graphs.
         sent: bytes a picture that the rank that sends most along an axis sends there, by axis.
         memory: bytes of each GPU, crude.
-        is_host_bound: whether launching kernels takes longer than running them.
     """
 
     layout: Layout
@@ -408,7 +407,6 @@ class Prediction(NamedTuple):
     speedup: float
     sent: dict[str, float]
     memory: float
-    is_host_bound: bool
 
 
 def one_gpu(cost: Cost, speed: Speed, num_steps: int) -> float:
@@ -426,11 +424,11 @@ def predict(cost: Cost, speed: Speed, machine: Machine, plan: Plan, layout: Layo
     boundary, features = cost.shard(cost.to_output, p), cost.shard(cost.from_output, p)
     between_stages = max((link["branch"], *([link["stages"]] if ranks > 1 else [])), key=lambda link: link.seconds(1))
 
-    kernels = speed.seconds(cost.flops_of(p))
+    work = speed.seconds(cost.flops_of(p))
+    exchanged = cost.exchanged(p) if p > 1 else 0.0
     if p > 1:
-        kernels += link["sequence"].seconds(cost.exchanged(p), exchanges=4 * cost.attentions + 1)
-    launch = speed.launch * cost.units if p > 1 else 0.0
-    work = max(kernels, launch)
+        sends = link["sequence"].seconds((p - 1) / p * exchanged, exchanges=4 * cost.attentions + 1)
+        work += sends + exchanged / speed.packing
 
     one_full = work / ranks + link["branch"].seconds(cost.prediction)
     if ranks > 1:
@@ -447,7 +445,7 @@ def predict(cost: Cost, speed: Speed, machine: Machine, plan: Plan, layout: Layo
 
     sent = {}
     if p > 1:
-        sent["sequence"] = (full / ranks + pipelined * share) * cost.exchanged(p)
+        sent["sequence"] = (full / ranks + pipelined * share) * (p - 1) / p * exchanged
     if ranks > 1:
         sent["stages"] = (full + handed) * boundary
     predictions = full * cost.prediction
@@ -457,7 +455,7 @@ def predict(cost: Cost, speed: Speed, machine: Machine, plan: Plan, layout: Layo
     seconds = math.ceil(images / layout.data) * run / images
     memory = cost.weights + _LARGEST_BOUNDARIES * cost.shard(cost.largest, p)
     speedup = one_gpu(cost, speed, len(plan)) / seconds
-    return Prediction(layout, seconds, speedup, sent, memory, launch > kernels)
+    return Prediction(layout, seconds, speedup, sent, memory)
 
 
 def layouts(cost: Cost, gpus: int, images: int, machine: Machine) -> Iterator[Layout]:
@@ -532,7 +530,7 @@ def _cells(prediction: Prediction, machine: Machine) -> tuple[str, ...]:
     return (
         str(layout.gpus),
         f"{layout.data} x {layout.sequence} x 2 x {layout.stages // 2}",
-        f"{prediction.seconds:.2f}" + (" host-bound" if prediction.is_host_bound else ""),
+        f"{prediction.seconds:.2f}",
         f"{prediction.speedup:.2f}",
         f"{prediction.memory / 2**30:.1f}",
         ", ".join(sent),

@@ -101,6 +101,7 @@ def test_removal_restores_the_pipeline(run):
     pipe, *_, ranks = run
     assert ranks[0]["processors"] == [{"_Processor"}, {"JointAttnProcessor2_0"}]
     assert torch.equal(ranks[0]["plain"], tiny.call(pipe, "sd3"))
+    assert ranks[0]["torch's"]
 
 
 @pytest.mark.parametrize(

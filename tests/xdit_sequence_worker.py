@@ -32,7 +32,7 @@ def main(folder: Path, name: str, flags: list[str]) -> None:
     flags = ["--model", str(folder / name), "--prompt", "", "--use_cfg_parallel", *flags]
     engine_config, _ = xFuserArgs.from_cli_args(build_parser().parse_args(flags)).create_config()
     stages = 2 * engine_config.parallel_config.pp_degree
-    results = {}
+    results, destroy = {}, dist.destroy_process_group
 
     def load(config: HybridConfig):
         pipe = HybridStableDiffusion3Pipeline.with_config(replace(config, stages=stages)).from_pretrained(
@@ -56,6 +56,7 @@ def main(folder: Path, name: str, flags: list[str]) -> None:
     results["group"] = dist.get_process_group_ranks(stage_group(stages, get_sp_group().world_size))
     results["xdit's"] = get_cfg_group().ranks, get_pp_group().ranks, output is not None
     results["processors"] = [processors(), remove_hybrid(pipe.module) and processors()]
+    results["torch's"] = dist.destroy_process_group is destroy
     results["plain"] = latents(pipe)
 
     def fails(**kwargs) -> str:
