@@ -20,11 +20,14 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable
+from functools import cache, wraps
 from itertools import compress, count, pairwise
 from statistics import median
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from .partition import map_tensors, modules_of, tensors_of
@@ -44,6 +47,9 @@ REPLAYS = 5
 _ADAPTERS = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters")
 
 _CONSTANTS = frozenset((bool, int, float, str))
+
+#: Graphs that hold exchanges of a process group.
+_HOLDING: WeakSet[Graphs] = WeakSet()
 
 Piece = Callable[..., Any]
 _Key = tuple[str, int, Hashable]  # name, state, arguments
@@ -160,6 +166,25 @@ class Graphs:
             self._pool = torch.cuda.graph_pool_handle()
         replay, outputs = _capture(lambda: piece(*ours), self._pool)
         return _Graph(inputs, replay, outputs)
+
+
+def release_before_groups(graphs: Graphs) -> None:
+    """Release graphs that hold exchanges of a process group when one is to be destroyed: NCCL would wait for them."""
+    _HOLDING.add(graphs)
+    _watch_groups()
+
+
+@cache
+def _watch_groups() -> None:
+    destroy = dist.destroy_process_group
+
+    @wraps(destroy)
+    def destroy_process_group(*args: Any, **kwargs: Any) -> None:
+        for graphs in list(_HOLDING):
+            graphs.clear()
+        destroy(*args, **kwargs)
+
+    dist.destroy_process_group = destroy_process_group
 
 
 def can_capture(device: torch.device) -> bool:

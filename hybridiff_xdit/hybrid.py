@@ -28,7 +28,7 @@ from .config import HybridConfig
 from .discrepancy import Trial, rel_mae
 from .encoding import Encoding
 from .executor import Branch, Executor
-from .graphs import Graphs
+from .graphs import Graphs, release_before_groups
 from .guidance import RULES, Mixed, Pair
 from .partition import Anatomy, Inputs, map_tensors, read, tensors_of
 from .plan import FULL, PIPELINED, SKIPPED, Plan, Policy, StepKind
@@ -114,7 +114,7 @@ class _Session:
         self.scheduler: Any = None
         if sequence is not None:
             sequence.apply(anatomy)
-            self.destroy_process_group = self._replace(dist, "destroy_process_group", self._destroy_process_group)
+            release_before_groups(self.graphs)  # they hold the exchanges between its ranks
         # A denoiser compiled as a whole calls this as it is: what kind a step is, is no matter for a graph.
         self.forward = self._replace(self.denoiser, "forward", torch.compiler.disable(self._forward))
         self.progress_bar = self._replace(pipe, "progress_bar", self._progress_bar)
@@ -142,11 +142,6 @@ class _Session:
         original = getattr(owner, name)
         setattr(owner, name, method)
         return original
-
-    def _destroy_process_group(self, *args: Any, **kwargs: Any) -> None:
-        # Graphs hold the exchanges of split tokens, and NCCL waits for ever for what holds a group's exchanges.
-        self.graphs.clear()
-        self.destroy_process_group(*args, **kwargs)
 
     def _watch_scheduler(self) -> None:
         """A run begins where the scheduler's timesteps are set; the pipeline's scheduler may be another by then."""

@@ -164,7 +164,8 @@ def _serve(pipe: Any, rank: int, size: int, kind: str, store: str, timeout: floa
         try:
             path, name, args = pickle.loads(pipe.recv_bytes())
         except EOFError:
-            dist.destroy_process_group()
+            if dist.is_initialized():
+                dist.destroy_process_group()
             return
         try:
             outcome = (getattr(_load(path), name)(*args), None)

@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from test_xdit_runs import ENV, torchrun
+import nursery
+from test_xdit_runs import torchrun
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 STRATEGIES = ["one-gpu", "paper", "cfg, ulysses", "cfg, stages", "adaptive 2.5, pairs"]
@@ -15,7 +16,7 @@ STRATEGIES = ["one-gpu", "paper", "cfg, ulysses", "cfg, stages", "adaptive 2.5, 
 def test_every_strategy_is_timed_and_reported(tmp_path):
     out = tmp_path / "times.jsonl"
     flags = ("--steps", 10, "--repeats", 2, "--warm-up", 3, "--out", out, "--trace", tmp_path / "traces", "--strategy")
-    torchrun(BENCHMARKS / "run.py", "--scenario", "sdxl-tiny", "sd3-tiny", *flags, *STRATEGIES, processes=4)
+    nursery.run(BENCHMARKS / "run.py", "--scenario", "sdxl-tiny", "sd3-tiny", *flags, *STRATEGIES, processes=4)
     lines = {(line["scenario"], line["strategy"]): line for line in map(json.loads, out.read_text().splitlines())}
     without = {("sdxl-tiny", "cfg, ulysses")}  # a U-Net has no sequence
     assert lines.keys() == {(name, s) for name in ("sdxl-tiny", "sd3-tiny") for s in STRATEGIES} - without
@@ -35,7 +36,7 @@ def test_every_strategy_is_timed_and_reported(tmp_path):
     plan = lines["sdxl-tiny", "adaptive 2.5, pairs"]["plan"]
     assert [label.split()[2][0] for label in labels] == list(plan)
     table = subprocess.run(
-        [sys.executable, BENCHMARKS / "report.py", out], env=ENV, capture_output=True, text=True, check=True
+        [sys.executable, BENCHMARKS / "report.py", out], env=nursery.ENV, capture_output=True, text=True, check=True
     ).stdout
     assert lines["sd3-tiny", "paper"]["floor"] is None and lines["sd3-tiny", "paper"]["pieces"] == [{}] * 4  # no GPU
     rows = [row for row in table.splitlines() if row.startswith("| sd")]
@@ -48,7 +49,7 @@ def test_one_rank_alone_does_what_its_rank_does(tmp_path):
     """On one process: as many evaluations, and as many bytes, as that rank of two."""
     out, strategies = tmp_path / "times.jsonl", ["one-gpu, graphs", *(f"fixed 8-48/4, rank {rank}" for rank in (0, 1))]
     flags = ("--repeats", 2, "--out", out, "--strategy", *strategies, "adaptive 2.85, rank 1")
-    torchrun(BENCHMARKS / "run.py", "--scenario", "sdxl-tiny", *flags, processes=1)
+    nursery.run(BENCHMARKS / "run.py", "--scenario", "sdxl-tiny", *flags, processes=1)
     one, rank_0, rank_1, adaptive = map(json.loads, out.read_text().splitlines())
     assert one["plan"] is None and adaptive["plan"].count("S") == 15
     assert rank_0["plan"] == rank_1["plan"] == "F" * 8 + "PPPF" * 10 + "FF"
@@ -65,7 +66,7 @@ def test_xdits_own_strategies_are_timed_beside_ours(tmp_path):
     """On two processes; PipeFusion needs a GPU. Two can do half of what four do: one branch, its tokens split."""
     out, strategies = tmp_path / "times.jsonl", ["xdit cfg", "cfg", "xdit ulysses", "cfg, rank 1, ulysses"]
     flags = ("--steps", 5, "--repeats", 2, "--out", out, "--strategy", *strategies)
-    torchrun(BENCHMARKS / "run.py", "--scenario", "sdxl-tiny", "sd3-tiny", *flags, processes=2)
+    nursery.run(BENCHMARKS / "run.py", "--scenario", "sdxl-tiny", "sd3-tiny", *flags, processes=2)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     found = [(line["scenario"], line["strategy"], line["plan"]) for line in lines]
     assert found == [
@@ -83,7 +84,7 @@ def test_from_the_prompt_to_the_picture(tmp_path):
     """With text encoders and VAE, its decoder split too; AsyncDiff's way has no report, but a plan of its own."""
     out, strategies = tmp_path / "times.jsonl", ["cfg", "cfg, vae", "both branches", "xdit cfg, vae"]
     flags = ("--whole", "--steps", 4, "--repeats", 1, "--blocks", 1, "--out", out, "--strategy", *strategies)
-    torchrun(BENCHMARKS / "run.py", "--scenario", "sdxl-tiny", "sd3-tiny", *flags, processes=2)
+    nursery.run(BENCHMARKS / "run.py", "--scenario", "sdxl-tiny", "sd3-tiny", *flags, processes=2)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(line["scenario"], line["strategy"]) for line in lines] == [
         (scenario, strategy) for scenario in ("sdxl-tiny", "sd3-tiny") for strategy in strategies
@@ -96,7 +97,7 @@ def test_from_the_prompt_to_the_picture(tmp_path):
 
 def test_nothing_is_decoded_without_a_vae(tmp_path):
     flags = ("--scenario", "sdxl-tiny", "--strategy", "cfg, vae", "--out", tmp_path / "times.jsonl")
-    result = torchrun(BENCHMARKS / "run.py", *flags, processes=2, check=False)
+    result = nursery.run(BENCHMARKS / "run.py", *flags, processes=2, check=False)
     assert "'cfg, vae': nothing is decoded; add --whole." in result.stderr
 
 
@@ -104,7 +105,7 @@ def test_xdits_strategy_leaves_ours_its_groups(tmp_path):
     """Both use xDiT's groups; the second block of ours comes after xDiT's."""
     out = tmp_path / "times.jsonl"
     flags = ("--steps", 4, "--repeats", 2, "--out", out, "--strategy", "cfg, ulysses", "xdit cfg")
-    torchrun(BENCHMARKS / "run.py", "--scenario", "sd3-tiny", *flags, processes=4)
+    nursery.run(BENCHMARKS / "run.py", "--scenario", "sd3-tiny", *flags, processes=4)
     ours, xdits = map(json.loads, out.read_text().splitlines())
     assert (ours["plan"], xdits["plan"]) == ("FFFF", None)
     assert len(ours["seconds"]) == len(xdits["seconds"]) == 2

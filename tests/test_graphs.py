@@ -9,10 +9,11 @@ import pytest
 import test_simulate
 import tiny
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from hybridiff_xdit import HybridConfig, apply_hybrid, graphs, remove_hybrid
-from hybridiff_xdit.graphs import MOST_FIRST_CALLS, MOST_KEYS, Graphs
+from hybridiff_xdit.graphs import MOST_FIRST_CALLS, MOST_KEYS, Graphs, release_before_groups
 from hybridiff_xdit.partition import map_tensors, tensors_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -216,3 +217,17 @@ def test_a_second_run_and_another_resolution_are_right(tape):
         assert all(map(torch.equal, found, expected))
     finally:
         remove_hybrid(pipe)
+
+
+def test_graphs_that_hold_exchanges_are_released_before_a_group_is_destroyed(double, monkeypatch):
+    held = []
+    monkeypatch.setattr(dist, "destroy_process_group", lambda group: held.append((group, double.graphs.captured())))
+    graphs._watch_groups.cache_clear()
+    for _ in range(2):
+        release_before_groups(double.graphs)
+    for _ in range(2):
+        double(1.0)
+    assert double.graphs.captured()
+    dist.destroy_process_group("a group")
+    assert held == [("a group", {})]
+    graphs._watch_groups.cache_clear()  # what it replaced is put back

@@ -2,6 +2,7 @@
 
 import json
 
+import nursery
 import pytest
 import tiny
 import torch
@@ -29,7 +30,11 @@ def run(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for name in ("sd3", "sdxl"):
         xdit_tiny.save(name, folder)
-    torchrun(TESTS / "xdit_batch_worker.py", folder, *flags, processes=processes, nodes=nodes)
+    command = (TESTS / "xdit_batch_worker.py", folder, *flags)
+    if nodes == 1:
+        nursery.run(*command, processes=processes)
+    else:
+        torchrun(*command, processes=processes, nodes=nodes)
     ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
     return folder, groups, ranks, "pt" if "--use_parallel_vae" in flags else "latent"
 

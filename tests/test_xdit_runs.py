@@ -1,33 +1,25 @@
 """xDiT's pipelines, runner and example scripts under hybrid-cond, on two gloo ranks."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 import time
 from importlib.metadata import files
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import xdit_tiny
 from diffusers import DiffusionPipeline
+from nursery import ENV, TESTS, free_port, run
 from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TESTS = Path(__file__).parent
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
-
 
 def torchrun(*command, processes=2, nodes=1, cwd=None, check=True):
     """Run a command in so many processes; ``nodes`` agents start as many of them each, as on so many machines."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    flags = [f"--nproc_per_node={processes // nodes}", f"--nnodes={nodes}", f"--master_port={port}"]
+    flags = [f"--nproc_per_node={processes // nodes}", f"--nnodes={nodes}", f"--master_port={free_port()}"]
     agents = [
         subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", *flags, f"--node_rank={node}", *map(str, command)],
@@ -60,7 +52,7 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(models):
     """What each rank got, by (checkpoint, policy)."""
-    torchrun(TESTS / "xdit_worker.py", models)
+    run(TESTS / "xdit_worker.py", models, processes=2)
     return [torch.load(models / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 

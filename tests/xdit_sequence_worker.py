@@ -32,7 +32,7 @@ def main(folder: Path, name: str, flags: list[str]) -> None:
     flags = ["--model", str(folder / name), "--prompt", "", "--use_cfg_parallel", *flags]
     engine_config, _ = xFuserArgs.from_cli_args(build_parser().parse_args(flags)).create_config()
     stages = 2 * engine_config.parallel_config.pp_degree
-    results, destroy = {}, dist.destroy_process_group
+    results, pipes = {}, {}
 
     def load(config: HybridConfig):
         pipe = HybridStableDiffusion3Pipeline.with_config(replace(config, stages=stages)).from_pretrained(
@@ -46,22 +46,21 @@ def main(folder: Path, name: str, flags: list[str]) -> None:
         return tiny.call(pipe.module, "sd3", **kwargs)
 
     for case, config in CASES.items():
-        pipe = load(config)
+        pipe = pipes[case] = load(config)
         latents(pipe, seed=3)  # the second call must not see the first
         results[case] = latents(pipe), last_report(pipe.module)
     with waiting_at_once():
-        results["waiting"] = latents(load(CASES["reuse"]))
+        results["waiting"] = latents(pipes["reuse"])
     processors = lambda: {type(p).__name__ for p in pipe.module.transformer.attn_processors.values()}  # noqa: E731
     output = pipe(**xdit_tiny.CALLS["sd3"], **xdit_tiny.COMMON, generator=xdit_tiny.generator())
     results["group"] = dist.get_process_group_ranks(stage_group(stages, get_sp_group().world_size))
     results["xdit's"] = get_cfg_group().ranks, get_pp_group().ranks, output is not None
     results["processors"] = [processors(), remove_hybrid(pipe.module) and processors()]
-    results["torch's"] = dist.destroy_process_group is destroy
     results["plain"] = latents(pipe)
 
     def fails(**kwargs) -> str:
         try:
-            latents(load(CASES["deferred"]), **kwargs)
+            latents(pipes["deferred"], **kwargs)
         except (RuntimeError, ValueError) as error:
             return str(error)
         return "no error"
@@ -70,8 +69,8 @@ def main(folder: Path, name: str, flags: list[str]) -> None:
         return {"latents": tensors["latents"] + (0.1 if step == 3 and dist.get_rank() == 1 else 0)}
 
     results["seed"] = fails(seed=int(dist.get_rank() in (1, dist.get_world_size() // 2 + 1)))
-    results["drift"] = fails(callback_on_step_end=drift)
     results["tokens"] = fails(height=20, width=20)  # 5 x 5 tokens
+    results["drift"] = fails(callback_on_step_end=drift)
     torch.save(results, folder / f"{name}-{dist.get_rank()}.pt")
     get_runtime_state().destroy_distributed_env()
 

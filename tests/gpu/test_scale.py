@@ -95,20 +95,43 @@ def test_split_tokens_are_the_oracle(pair, flags, dtype, tolerance, fields, piec
     check(pair.run(split, flags, fields, dtype), pieces, tolerance)
 
 
+def deals():
+    """(three pictures made at once, this rank's share of them), both by a GPU that plays the pair."""
+    from hybridiff_xdit.xdit.batch import deal
+
+    pipe = apply_hybrid(tiny.pipeline("sd3", device()), HybridConfig(plan=PLAN), simulate=True)
+    embeds = {key: tensor.to(device()) for key, tensor in tiny.prompt("sd3", count=3).items()}
+    size = dict(height=32, width=32, num_inference_steps=len(PLAN), output_type="latent")
+    found = []
+    for groups in (1, 2):
+        call = deal(pipe, {**embeds, **size, "generator": torch.Generator().manual_seed(0)}, dist.get_rank(), groups)
+        found.append(pipe(**call).images.cpu() if call else None)
+    remove_hybrid(pipe)
+    return found
+
+
+def test_pictures_are_dealt_out_to_gpus(pair):
+    (whole, first), (_, second) = pair.run(deals)
+    assert (len(whole), len(first), len(second)) == (3, 2, 1)
+    assert (torch.cat([first, second]) - whole).abs().max() < TOLERANCE * whole.abs().max()
+
+
 def ends():
-    """What the graphs hold of the group is still there when it is destroyed."""
+    """The number of pieces captured when the group is destroyed, and after."""
     pipe = tiny.pipeline("sd3", device())
     apply_hybrid(pipe, HybridConfig(policy="cfg"), sequence=sequence(pipe, {"ulysses_degree": 2}), simulate=True)
     for _ in range(2):
         call(pipe, "sd3")
+    graphs = getattr(pipe, _SESSION).graphs
+    before = len(graphs.captured())
     dist.destroy_process_group()
-    return len(getattr(pipe, _SESSION).graphs.captured())
+    return before, len(graphs.captured())
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_a_group_whose_collectives_are_captured_can_be_destroyed():
     ranks = Ranks(2, "cuda", group_timeout=60)
     try:
-        assert ranks.run(ends, timeout=60) == [1, 1]
+        assert ranks.run(ends, timeout=60) == [(1, 0), (1, 0)]
     finally:
         ranks.close()
