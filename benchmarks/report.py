@@ -15,9 +15,9 @@ HEAD = (
     "FULL + PIPELINED + SKIPPED",
     "whole call, s",
     "after the loop, s",
-    "MB sent, rank 0 / 1",
-    "GPU idle in the loop, %, rank 0 / 1",
-    "peak GiB, rank 0 / 1",
+    "MB sent, by rank",
+    "GPU idle in the loop, %, by rank",
+    "peak GiB, by rank",
 )
 
 
@@ -25,17 +25,17 @@ def table(lines: list[dict]) -> str:
     """The table, one row a scenario and strategy. Seconds are per picture; baselines are of the same scenario and run.
 
     The floor, and where the loop begins and ends, are those of `run.py`. Peak memory is that up to the loop's end,
-    without text encoders and VAE.
+    without text encoders and VAE, of the ranks that have a part.
     """
     rows = [_row(HEAD), _row(["---"] * len(HEAD))]
     loops = {(line["scenario"], line["strategy"]): statistics.median(_loop(line)) for line in lines}
     for line in lines:
-        scenario, plan, ranks = line["scenario"], line["plan"] or "", 1 if line["strategy"].startswith("one-gpu") else 2
+        scenario, plan = line["scenario"], line["plan"] or ""
         loop = _loop(line)
         xdit = [loops[key] for key in loops if key[0] == scenario and key[1].startswith("xdit")]
         bases = [*(loops.get((scenario, name)) for name in ("one-gpu", "one-gpu, graphs")), min(xdit, default=None)]
         after = line.get("after")
-        idle = [share for share in line.get("idle", [])[:ranks] if share is not None]
+        idle = [share for share in line.get("idle", []) if share is not None]
         rows.append(
             _row(
                 [
@@ -50,7 +50,7 @@ def table(lines: list[dict]) -> str:
                     f"{statistics.median(after) / line['pictures']:.3f}" if after and line["whole"] else "",
                     " / ".join(f"{count / 1e6:.1f}" for count in line["bytes_sent"] or []),
                     " / ".join(f"{100 * share:.0f}" for share in idle),
-                    " / ".join(f"{count / 2**30:.2f}" for count in line["peak_memory"][:ranks]),
+                    " / ".join(f"{count / 2**30:.2f}" for count in line["peak_memory"] if count),
                 ]
             )
         )

@@ -126,8 +126,9 @@ class Speed:
 #: 2048 px (`Point`); ``step`` from the denoising loop of one GPU with graphs at 1024 px, less its forwards; ``skew``
 #: from a rank's share of a PIPELINED step, replayed alone; ``packing`` (and the latency of NVLink) from a branch's
 #: forward with its tokens split over two GPUs, SD3-medium at 1024 and 2048 px. The H100's figures are those of
-#: two-ranks_2xH100_2026-11-24.md and speed_2xH100_2026-11-24.md in benchmarks/results, for 2048 px and split tokens of
-#: speed_2xH100_2026-11-25.md. Only forwards were timed on the H200: else the H100's stand in.
+#: two-ranks_2xH100_2026-11-24.md and speed_2xH100_2026-11-24.md in benchmarks/results, for 2048 px of
+#: speed_2xH100_2026-11-25.md, of split tokens of speed_2xH100_1024px_2026-11-25.md. Only forwards were timed on the H200:
+#: else the H100's stand in.
 _UNET = {"step": 1.3e-3, "skew": 1.056}
 _MMDIT = {"step": 0.5e-3, "skew": 1.007, "packing": 226e9}
 #: Where queries and keys are normed (SD3.5), by kernels that take time but hardly a FLOP: what SD3.5-large takes at
