@@ -192,7 +192,7 @@ def can_capture(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def seconds_between(run: Callable[[Callable[[], None]], None]) -> tuple[float, ...] | None:
+def seconds_between(run: Callable[[Callable[[], None]], Any]) -> tuple[float, ...] | None:
     """Seconds on the GPU between the marks of ``run(mark)``: of its graph, so without what launching takes.
 
     Returns:

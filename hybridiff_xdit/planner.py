@@ -31,6 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise, permutations
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ from torch.utils.benchmark import Timer
 from .checkpoints import Checkpoint
 from .config import HybridConfig
 from .denoisers import branch_inputs, build
-from .graphs import Graphs
+from .graphs import can_capture, seconds_between
 from .partition import Anatomy, Inputs, Partition, read, tensors_of
 from .plan import FULL, PIPELINED, SKIPPED, Plan, StepKind, synchronous_steps
 
@@ -127,8 +128,8 @@ class Speed:
 #: from a rank's share of a PIPELINED step, replayed alone; ``packing`` (and the latency of NVLink) from a branch's
 #: forward with its tokens split over two GPUs, SD3-medium at 1024 and 2048 px. The H100's figures are those of
 #: two-ranks_2xH100_2026-11-24.md and speed_2xH100_2026-11-24.md in benchmarks/results, for 2048 px of
-#: speed_2xH100_2026-11-25.md, of split tokens of speed_2xH100_1024px_2026-11-25.md. Only forwards were timed on the H200:
-#: else the H100's stand in.
+#: speed_2xH100_2026-11-25.md, of split tokens of speed_2xH100_1024px_2026-11-25.md. Only forwards were timed on the
+#: H200: else the H100's stand in.
 _UNET = {"step": 1.3e-3, "skew": 1.056}
 _MMDIT = {"step": 0.5e-3, "skew": 1.007, "packing": 226e9}
 #: Where queries and keys are normed (SD3.5), by kernels that take time but hardly a FLOP: what SD3.5-large takes at
@@ -293,33 +294,32 @@ def calibrate(checkpoint: Checkpoint, height: int, width: int, device: torch.dev
 
     With random weights; on a GPU by CUDA graph in the checkpoint's dtype, on a CPU in float32.
     """
-    is_cuda = device.type == "cuda"
+    is_cuda = can_capture(device)
     dtype = checkpoint.dtype if is_cuda else torch.float32
     with device:
         denoiser = build(checkpoint.denoiser).to(dtype)
-    anatomy, graphs = read(denoiser), Graphs(denoiser)
+    anatomy = read(denoiser)
 
-    def forward(inputs: Inputs) -> torch.Tensor:
-        return denoiser(**inputs)[0]
+    def forward(inputs: Inputs, mark: Any = lambda: None) -> torch.Tensor:
+        mark()
+        pred = denoiser(**inputs)[0]
+        mark()
+        return pred
 
-    def replay(inputs: Inputs) -> torch.Tensor:
-        return graphs("forward", forward, inputs)
-
-    def seconds(function: Any, inputs: Inputs) -> float:
-        names = {"function": function, "inputs": inputs}
-        return Timer("function(inputs)", globals=names).blocked_autorange(min_run_time=1.0).median
+    def seconds(inputs: Inputs) -> float:
+        measured = seconds_between(partial(forward, inputs)) if is_cuda else None
+        if measured is not None:
+            return measured[0]
+        names = {"forward": forward, "inputs": inputs}
+        return Timer("forward(inputs)", globals=names).blocked_autorange(min_run_time=1.0).median
 
     whole = _latents(checkpoint, height, width)
     half = [max(8, side // 16 * 8) for side in whole]  # a multiple of what the denoisers' levels need
-    small, large = (branch_inputs(checkpoint.denoiser, *size, dtype=dtype, device=device) for size in (half, whole))
     points = []
     with torch.no_grad():
-        graphs.begin(device)
-        graphs.look()
-        for inputs in (small, large):
-            for _ in range(3):  # as it is, captured, replayed
-                replay(inputs)
-            points.append(Point(sum(anatomy.partition(inputs).flops), seconds(replay, inputs)))
+        for size in (half, whole):
+            inputs = branch_inputs(checkpoint.denoiser, *size, dtype=dtype, device=device)
+            points.append(Point(sum(anatomy.partition(inputs).flops), seconds(inputs)))
     stored = SPEEDS["H100"][_kind(anatomy)]
     return Speed.through(*points, step=stored.step, skew=stored.skew, packing=stored.packing)
 

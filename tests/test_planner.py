@@ -327,3 +327,27 @@ def test_calibration_times_two_sizes(monkeypatch):
     small, large = (planner.cost_of(checkpoint, side, side).flops for side in (32, 64))
     assert (speed.seconds(small), speed.seconds(large)) == (pytest.approx(0.1), pytest.approx(0.3))
     assert speed.step == planner.SPEEDS["H100"]["unet"].step
+
+
+def test_calibration_on_a_gpu_times_a_forward_between_two_marks(monkeypatch):
+    calls, times, build = [], iter([0.1, 0.3]), planner.build
+
+    def built(settings):
+        denoiser = build(settings)
+        denoiser.register_forward_hook(lambda module, args, output: calls.append(output[0].shape[-1]))
+        return denoiser
+
+    def seconds_between(run):
+        calls.clear()
+        run(lambda: calls.append("mark"))
+        (first, size, last), expected = calls, next(times)
+        assert (first, size, last) == ("mark", {0.1: 16, 0.3: 32}[expected], "mark")
+        return (expected,)
+
+    monkeypatch.setattr(planner, "build", built)
+    monkeypatch.setattr(planner, "can_capture", lambda device: True)
+    monkeypatch.setattr(planner, "seconds_between", seconds_between)
+    checkpoint = resolve("emoji-sdxl")
+    speed = planner.calibrate(checkpoint, 64, 64, torch.device("cpu"))
+    small, large = (planner.cost_of(checkpoint, side, side).flops for side in (32, 64))
+    assert (speed.seconds(small), speed.seconds(large)) == (pytest.approx(0.1), pytest.approx(0.3))
