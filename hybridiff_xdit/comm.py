@@ -118,8 +118,13 @@ def checksum(value: Any) -> torch.Tensor:
     """
     tensors = list(tensors_of(value))
     width = torch.int16 if all(t.element_size() > 1 for t in tensors) else torch.uint8
-    bits = torch.cat([t.detach().contiguous().view(-1).view(width).to(tensors[0].device) for t in tensors])
+    bits = torch.cat([_flat(t).view(width).to(tensors[0].device) for t in tensors])
     return (bits * _weights(bits.numel(), bits.device)).sum().view(1)
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    # A tensor of one element counts as contiguous with any stride, with which its bits cannot be viewed.
+    return tensor.detach().contiguous().as_strided((tensor.numel(),), (1,))
 
 
 @lru_cache(maxsize=16)
