@@ -122,16 +122,22 @@ def ulysses(pipe: Any, branches: int = 2) -> SequenceSplit:
     Args:
         branches: how many have ranks: with one, all ranks are that branch's.
     """
-    engine_config = xdit_config(use_cfg_parallel=branches == 2, ulysses_degree=dist.get_world_size() // branches)
+    degree = dist.get_world_size() // branches
+    split = split_tokens(pipe, use_cfg_parallel=branches == 2, ulysses_degree=degree)
+    if split is None:
+        raise SystemExit(f"The strategies with ulysses need two processes a branch: --nproc_per_node {2 * branches}.")
+    return split
+
+
+def split_tokens(pipe: Any, **flags: Any) -> SequenceSplit | None:
+    """A split of a branch's tokens as xDiT's flags say, on xDiT's groups made for them; None where they say none."""
+    engine_config = xdit_config(**flags)
     from hybridiff_xdit.xdit.sequence import sequence_split
 
     from xfuser.core import distributed  # isort: skip
 
     distributed.initialize_runtime_state(pipe, engine_config)
-    split = sequence_split()
-    if split is None:
-        raise SystemExit(f"The strategies with ulysses need two processes a branch: --nproc_per_node {2 * branches}.")
-    return split
+    return sequence_split()
 
 
 def split_decoder(vae: Any, ranks: dist.ProcessGroup) -> None:

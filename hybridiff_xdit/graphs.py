@@ -209,7 +209,7 @@ def seconds_between(run: Callable[[Callable[[], None]], Any]) -> tuple[float, ..
             run(lambda: None)  # compiles and tunes what there is to
             replay, _ = _capture(lambda: run(mark), None)
     except Exception as error:
-        logger.info("hybrid-cond: stages are balanced by FLOPs, since timing them failed (%s).", error)
+        logger.info("hybrid-cond: the GPU's time could not be taken by CUDA graph (%s).", error)
         return None
     samples = []
     for _ in range(REPLAYS):

@@ -425,11 +425,11 @@ def predict(cost: Cost, speed: Speed, machine: Machine, plan: Plan, layout: Layo
     boundary, features = cost.shard(cost.to_output, p), cost.shard(cost.from_output, p)
     between_stages = max((link["branch"], *([link["stages"]] if ranks > 1 else [])), key=lambda link: link.seconds(1))
 
-    work = speed.seconds(cost.flops_of(p))
-    exchanged = cost.exchanged(p) if p > 1 else 0.0
+    work, crossing = speed.seconds(cost.flops_of(p)), 0.0
     if p > 1:
-        sends = link["sequence"].seconds((p - 1) / p * exchanged, exchanges=4 * cost.attentions + 1)
-        work += sends + exchanged / speed.packing
+        exchanged = cost.exchanged(p)
+        crossing = (p - 1) / p * exchanged
+        work += link["sequence"].seconds(crossing, exchanges=4 * cost.attentions + 1) + exchanged / speed.packing
 
     one_full = work / ranks + link["branch"].seconds(cost.prediction)
     if ranks > 1:
@@ -446,7 +446,7 @@ def predict(cost: Cost, speed: Speed, machine: Machine, plan: Plan, layout: Layo
 
     sent = {}
     if p > 1:
-        sent["sequence"] = (full / ranks + pipelined * share) * (p - 1) / p * exchanged
+        sent["sequence"] = (full / ranks + pipelined * share) * crossing
     if ranks > 1:
         sent["stages"] = (full + handed) * boundary
     predictions = full * cost.prediction

@@ -19,7 +19,7 @@ NESTS = {
 
 def by_numpy(tensors):
     is_wide = all(tensor.element_size() > 1 for tensor in tensors)
-    raw = b"".join(bytes(tensor.clone().reshape(-1).view(torch.uint8).numpy()) for tensor in map(dense, tensors))
+    raw = b"".join(bytes(tensor.view(torch.uint8).numpy()) for tensor in map(dense, tensors))
     bits = np.frombuffer(raw, np.int16 if is_wide else np.uint8).astype(np.int64)
     return int((bits * (2 * np.arange(1, len(bits) + 1) + 1)).sum())
 

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import predict as predict_script
 import pytest
 import torch
+from nursery import ENV
 from scenarios import SCENARIOS
-from test_xdit_runs import ENV
 
 from hybridiff_xdit import HybridConfig, planner
 from hybridiff_xdit.checkpoints import resolve

@@ -8,7 +8,7 @@ import tiny
 import torch
 import xdit_tiny
 from diffusers import DiffusionPipeline
-from test_xdit_runs import TESTS, torchrun
+from test_xdit_runs import torchrun
 from xdit_batch_worker import CASES, COMMON
 
 from hybridiff_xdit.xdit.batch import Share, deal, share_of
@@ -30,7 +30,7 @@ def run(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for name in ("sd3", "sdxl"):
         xdit_tiny.save(name, folder)
-    command = (TESTS / "xdit_batch_worker.py", folder, *flags)
+    command = (nursery.TESTS / "xdit_batch_worker.py", folder, *flags)
     if nodes == 1:
         nursery.run(*command, processes=processes)
     else:

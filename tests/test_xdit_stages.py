@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import xdit_tiny
 from diffusers import DiffusionPipeline
+from nursery import ENV, TESTS
 from PIL import Image
-from test_xdit_runs import ENV, TESTS, torchrun
+from test_xdit_runs import torchrun
 
 from hybridiff_xdit import HybridConfig, apply_hybrid
 from hybridiff_xdit.xdit.pipelines import stage_ranks

@@ -65,17 +65,7 @@ def split(flags, fields, dtype):
     """Both branches on every rank, each split over the ranks by xDiT."""
     pipe = tiny.PIPELINES["sd3"]().to(device(), getattr(torch, dtype))
     pipe.set_progress_bar_config(disable=True)
-    return compare(pipe, "sd3", oracle.CUTS["sd3"], fields, sequence=sequence(pipe, flags), simulate=True)
-
-
-def sequence(pipe, flags):
-    config = group.xdit_config(**flags)
-    from hybridiff_xdit.xdit.sequence import sequence_split
-
-    from xfuser.core import distributed  # isort: skip
-
-    distributed.initialize_runtime_state(pipe, config)
-    return sequence_split()
+    return compare(pipe, "sd3", oracle.CUTS["sd3"], fields, sequence=group.split_tokens(pipe, **flags), simulate=True)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +109,7 @@ def test_pictures_are_dealt_out_to_gpus(pair):
 def ends():
     """The number of pieces captured when the group is destroyed, and after."""
     pipe = tiny.pipeline("sd3", device())
-    apply_hybrid(pipe, HybridConfig(policy="cfg"), sequence=sequence(pipe, {"ulysses_degree": 2}), simulate=True)
+    apply_hybrid(pipe, HybridConfig(policy="cfg"), sequence=group.split_tokens(pipe, ulysses_degree=2), simulate=True)
     for _ in range(2):
         call(pipe, "sd3")
     graphs = getattr(pipe, _SESSION).graphs
