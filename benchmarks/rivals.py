@@ -5,6 +5,8 @@ Each changes the pipeline it is given for good: hand it one of its own.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -33,7 +35,8 @@ def degrees(name: str, family: str) -> dict[str, Any] | None:
     }[name]
 
 
-def apply(name: str, pipe: Any, family: str, is_decoder_split: bool) -> Any:
+@contextmanager
+def applied(name: str, pipe: Any, family: str, is_decoder_split: bool) -> Iterator[Any]:
     """xDiT's wrapper of a diffusers pipeline, on groups made for it."""
     flags = degrees(name, family)
     assert flags is not None
@@ -43,7 +46,10 @@ def apply(name: str, pipe: Any, family: str, is_decoder_split: bool) -> Any:
     if name == "xdit pipefusion":
         _mend_pipefusion()
     wrapper = xfuser.xFuserStableDiffusionXLPipeline if family == "unet" else xfuser.xFuserStableDiffusion3Pipeline
-    return wrapper(pipe, engine_config)
+    yield wrapper(pipe, engine_config)
+    from xfuser.core.cache_manager.cache_manager import get_cache_manager
+
+    get_cache_manager().cache.clear()  # PipeFusion's layers with their keys and values, kept for good
 
 
 @cache

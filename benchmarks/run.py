@@ -150,9 +150,9 @@ class Strategy(NamedTuple):
         """Set the pipeline up, or one beside it for xDiT's strategy; yields what to call and what holds its graphs."""
         scenario = SCENARIOS[name]
         if self.is_rival:
-            with _kept_decoder(pipe):
-                is_split = "vae" in self.ways
-                yield rivals.apply(self.base, scenario.beside(pipe), scenario.family, is_split), None
+            beside, is_split = scenario.beside(pipe), "vae" in self.ways
+            with _kept_decoder(pipe), rivals.applied(self.base, beside, scenario.family, is_split) as wrapped:
+                yield wrapped, None
             return
         with ExitStack() as undo:
             if "compiled" in self.ways:

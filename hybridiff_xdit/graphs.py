@@ -1,9 +1,11 @@
 """CUDA graphs of the pieces that a rank runs: a branch's forward, and its segments of a PIPELINED step.
 
 On a fast GPU, launching a denoiser's kernels from Python takes longer than running them. A graph launches them all at
-once. A *piece* is a function of a nest of tensors and constants; its first call with a *key* runs as it is (and so
-compiles and tunes what there is to), the second is captured, the later ones are replays. The key is all that a graph
-would not notice by itself:
+once. A *piece* is a function of the denoiser's inputs and of what else it needs, nests of tensors and constants. Its
+first call with a *key* runs as it is (and so compiles and tunes what there is to), the second is captured, the later
+ones are replays. Where another piece has been captured with the same inputs, as a forward before a part of it, the
+first call is captured: its kernels have run already, and now would take memory beside that of the graphs. The key is
+all that a graph would not notice by itself:
 
 * the shapes, dtypes and constants of the arguments (adapter scales among them);
 * the addresses of the weights, the modules and the constants in them, looked at when a run begins;
@@ -52,7 +54,7 @@ _CONSTANTS = frozenset((bool, int, float, str))
 _HOLDING: WeakSet[Graphs] = WeakSet()
 
 Piece = Callable[..., Any]
-_Key = tuple[str, int, Hashable]  # name, state, arguments
+_Key = tuple[Hashable, ...]  # name, state, arguments one by one: the denoiser's inputs first
 
 
 class _Graph(NamedTuple):
@@ -107,23 +109,30 @@ class Graphs:
             self._state = self._number((self._fixed, *map(_present, self._changing)))
 
     def __call__(self, name: str, piece: Piece, *args: Any) -> Any:
-        """``piece(*args)``: a nest of tensors and constants, the caller's own."""
+        """``piece(*args)``: a nest of tensors and constants, the caller's own. The denoiser's inputs come first."""
         if self._fixed is None:
             return piece(*args)
-        key = (name, self._state, _describe(args))
-        if key not in self._graphs:
+        key = (name, self._state, *map(_describe, args))
+        is_first = key not in self._graphs
+        if is_first:
+            has_run = any(graph and k[0] != name and k[1:3] == key[1:3] for k, graph in self._graphs.items())
             self._remember(key, None)
             self._first_calls[name] += 1
             if self._first_calls[name] > MOST_FIRST_CALLS:
                 self.refuse("the denoiser is called with another argument, or is itself another, on every step")
-            return piece(*args)
-        self._first_calls[name] = 0
+            if not has_run or self._fixed is None:
+                return piece(*args)
+        else:
+            self._first_calls[name] = 0
         graph = self._graphs.pop(key)
         if graph is None:
             try:
                 graph = self._record(piece, args)
             except Exception as error:  # whatever a model's code does that a capture does not allow
-                self.refuse(f"capturing failed ({type(error).__name__}: {str(error).splitlines()[0]})")
+                if is_first:  # it may be what a first call compiles or tunes
+                    self._remember(key, None)
+                else:
+                    self.refuse(f"capturing failed ({type(error).__name__}: {str(error).splitlines()[0]})")
                 return piece(*args)
         else:
             for ours, given in zip(graph.inputs, tensors_of(args), strict=True):
@@ -134,7 +143,7 @@ class Graphs:
 
     def captured(self) -> dict[str, Callable[[], None]]:
         """A replay of each piece captured, the last one of a name: to be timed."""
-        return {key[0]: graph.replay for key, graph in self._graphs.items() if graph is not None}
+        return {str(key[0]): graph.replay for key, graph in self._graphs.items() if graph is not None}
 
     def refuse(self, reason: str) -> None:
         """Capture nothing from now on, and say why."""

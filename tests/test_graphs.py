@@ -128,6 +128,48 @@ def test_adapters_and_processors_are_noticed_within_a_run(double):
     assert double.tape == [1, 1, 1, 1]
 
 
+@pytest.fixture
+def part(double):
+    """Calls a part of the forward: another piece, whose inputs are the forward's."""
+
+    def call(value, **kwargs):
+        x = torch.full((2,), value)
+        with torch.no_grad():
+            return double.graphs("part", lambda x, kwargs: 10 * double.module(x, **kwargs), x, kwargs)[0]
+
+    return call
+
+
+def test_a_part_of_a_captured_forward_is_captured_on_its_first_call(double, part):
+    double(1.0)
+    assert part(1.0) == 20.0 and not double.tape  # the forward has run, but is not captured
+    double(1.0)
+    assert part(2.0) == 40.0 and double.tape == [1, 1]
+    assert part(3.0, scale=2.0) == 120.0 and double.tape == [1, 1, 1]  # as a boundary would be
+    with torch.no_grad():
+        assert double.graphs("part", lambda x: 5 * x, torch.ones(3))[0] == 5.0  # other inputs
+    assert double.tape == [1, 1, 1]
+    double.module.weight = nn.Parameter(torch.full((2,), 3.0))
+    double(1.0)
+    assert part(1.0) == 30.0 and double.tape == [1, 1, 1]  # nor with these weights
+
+
+def test_a_part_that_cannot_be_captured_at_once_is_captured_on_its_second_call(double, part, monkeypatch, caplog):
+    for _ in range(2):
+        double(1.0)
+    capture, tries = graphs._capture, []
+
+    def compiles_first(piece, pool):
+        tries.append(piece)
+        if len(tries) == 1:
+            raise RuntimeError("autotuning is not permitted when stream is capturing")
+        return capture(piece, pool)
+
+    monkeypatch.setattr(graphs, "_capture", compiles_first)
+    assert [part(v) for v in (1.0, 2.0, 3.0)] == [20.0, 40.0, 60.0]
+    assert double.tape == [1, 2] and len(tries) == 2 and not caplog.text
+
+
 def test_weights_changed_in_place_are_no_reason(double):
     for value in (1.0, 2.0, 3.0):
         double(value)
