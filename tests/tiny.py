@@ -158,7 +158,8 @@ def noise(name: str, count: int = 1, size: tuple[int, int] = (16, 16), seed: int
 def call(pipe, name: str, *, count: int = 1, seed: int = 0, **kwargs):
     """Latents of a short run, [B, C, H, W]."""
     settings = dict(num_inference_steps=10, guidance_scale=5.0, height=32, width=32, output_type="latent")
-    settings.update(prompt(name, count), generator=torch.Generator().manual_seed(seed))
+    embeds = {key: tensor.to(pipe.dtype) for key, tensor in prompt(name, count).items()}
+    settings.update(embeds, generator=torch.Generator().manual_seed(seed))
     accepted = inspect.signature(type(pipe).__call__).parameters
     given = {key: value for key, value in {**settings, **kwargs}.items() if key in accepted}
     device = pipe._execution_device  # of an offloaded pipeline, another than where its weights are

@@ -31,10 +31,8 @@ def pipeline(name, dtype=torch.float16):
 
 
 def call(pipe, name, **kwargs):
-    kwargs = {"num_inference_steps": len(PLAN), **kwargs}
-    embeds = {key: t.to(pipe.dtype) for key, t in tiny.prompt(name, kwargs.get("count", 1)).items()}
     pipe.set_progress_bar_config(disable=True)
-    return tiny.call(pipe, name, **{**embeds, **kwargs})
+    return tiny.call(pipe, name, **{"num_inference_steps": len(PLAN), **kwargs})
 
 
 def add_lora(denoiser):

@@ -22,8 +22,7 @@ TOLERANCE = 1e-4  # float32, of the largest latent
 
 
 def call(pipe, name):
-    embeds = {key: tensor.to(pipe.dtype) for key, tensor in tiny.prompt(name).items()}
-    return tiny.call(pipe, name, num_inference_steps=len(PLAN), **embeds)
+    return tiny.call(pipe, name, num_inference_steps=len(PLAN))
 
 
 def compare(pipe, name, cut, fields, **how):
