@@ -8,6 +8,7 @@ with guidance_rescale, without knowing w.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Literal, NamedTuple
 
 import torch
@@ -137,22 +138,24 @@ class Deferred(Reuse):
     what pred_c tells of the part of delta that no history predicts (:math:`\beta = 0` carries the last delta on,
     :math:`\beta = 1` the last pred_u).
 
-    On the next FULL step :math:`b` the straight lines :math:`D, C` from :math:`a` to :math:`b` replace the estimates in
-    hindsight, and the errors of the steps' impulses are added there,
+    On the next FULL step :math:`b` curves :math:`D, C` from :math:`a` to :math:`b` replace the estimates in hindsight:
+    straight lines, and of what the parabolas through :math:`a'` add to these, a share :math:`\kappa` and
+    :math:`\mu`. The errors of the steps' impulses are added there,
 
     .. math:: \hat\delta_b = \delta_b + \sum_{a<j<b} \frac{G_j (w_j - 1)}{G_b (w_b - 1)} \left( D(t_j) - d_j \right),
               \qquad c_b + \sum_{a<j<b} \frac{G_j}{G_b} \left( C(t_j) - \hat c_j \right),
 
-    with the sampler's gains :math:`G` (`Sampler.gains`): for w constant, w need not be known, and the guidance impulse
-    of a group is a trapezoid sum. On PIPELINED steps pred_c owes nothing, and :math:`D(t_j)` has
-    :math:`\beta\, (c_j - C(t_j))` added. A FULL step whose gain is too small to carry the debt (`Sampler.carries`)
-    leaves it to the next.
+    with the sampler's gains :math:`G` (`Sampler.gains`): for w constant, w need not be known. (By straight lines the
+    impulse of a group would be a trapezoid sum: where predictions bend one way for many groups, its errors add up.) On
+    PIPELINED steps pred_c owes nothing, and :math:`D(t_j)` has :math:`\beta\, (c_j - C(t_j))` added. A FULL step whose
+    gain is too small to carry the debt (`Sampler.carries`) leaves it to the next.
 
-    :math:`\alpha, \beta, \gamma \in [0, 1]` are fitted per picture on every FULL step, each as a running mean (weight
-    0.8 a FULL step) of a least-squares coefficient, each within [-1, 2]: :math:`\alpha` of
+    :math:`\alpha, \beta, \gamma, \kappa, \mu \in [0, 1]` are fitted per picture on every FULL step, each as a running
+    mean (weight 0.8 a FULL step) of a least-squares coefficient, each within [-1, 2]: :math:`\alpha` of
     :math:`\delta_b - \delta_a` on :math:`r_b (\delta_a - \delta_{a'})`, :math:`\gamma` likewise of pred_c,
-    :math:`\beta` of the residual of delta's straight line on that of pred_c. Where low precision or the model makes
-    delta noisy, the fit damps itself: nothing is tuned to a model.
+    :math:`\beta` of the residual of delta's straight line on that of pred_c, :math:`\kappa` and :math:`\mu` of what
+    FULL step :math:`a` lies off the line from :math:`a'` to :math:`b` on what the parabola through the one before
+    says. Where low precision or the model makes delta noisy, the fit damps itself: nothing is tuned to a model.
     """
 
     extrapolates_boundary = True
@@ -162,7 +165,7 @@ class Deferred(Reuse):
 
     def __init__(self, sampler: Sampler | None = None) -> None:
         super().__init__(sampler)
-        self._alpha, self._beta, self._gamma = (_Coefficient(self._forget) for _ in range(3))
+        self._alpha, self._beta, self._gamma, self._kappa, self._mu = (_Coefficient(self._forget) for _ in range(5))
         self._used: list[_Used] = []  # since the last FULL step
         self._owing: list[int] = []  # steps whose error is not paid back yet
         self._debt: tuple[torch.Tensor, torch.Tensor] | None = None  # of delta's impulse, times w - 1, and of pred_c's
@@ -207,33 +210,55 @@ class Deferred(Reuse):
     def _hindsight(self, used: _Used) -> _Known:
         """What stands for the step's delta and pred_c now that the FULL step after it is known."""
         step, c = used.estimate.step, used.estimate.pred_c
-        before, last = self._known[-2:]
-        share = 1 + self._reach(self._known, step)
-        delta, line_c = (torch.lerp(a, b, share) for a, b in zip(before[1:], last[1:], strict=True))
+        line, line_c = self._through(self._known[-2:], step)
+        bent, bent_c = self._through(self._known, step)
+        delta, curve_c = line + self._kappa.value * (bent - line), line_c + self._mu.value * (bent_c - line_c)
         if not used.is_evaluated:
-            return _Known(step, delta, line_c)
-        return _Known(step, delta + self._beta.value * (c - line_c), c)
+            return _Known(step, delta, curve_c)
+        return _Known(step, delta + self._beta.value * (c - curve_c), c)
+
+    def _through(self, known: Sequence[_Known], step: int) -> Pair:
+        """Delta and pred_c at ``step`` of the polynomials through FULL steps; of two at one time the later counts."""
+        times = self._times()
+        by_time = {times[full.step]: full for full in known}
+        parts = [
+            (prod((times[step] - other) / (time - other) for other in by_time if other != time), full)  # Lagrange's
+            for time, full in by_time.items()
+        ]
+        delta = torch.stack([share * full.delta for share, full in parts]).sum(0)
+        c = torch.stack([share * full.pred_c for share, full in parts]).sum(0)
+        return delta, c
 
     def _fit(self, step: int, pred_u: torch.Tensor, pred_c: torch.Tensor) -> None:
         """Take FULL step ``step`` into the coefficients; `_known` holds those before it."""
         before, last = self._known[-2:]
         c = pred_c.float()
+        now = _Known(step, c - pred_u.float(), c)
         reach = self._reach(self._known, step)
         if reach == 0:
             return
-        moved, moved_c = c - pred_u.float() - last.delta, c - last.pred_c
+        moved, moved_c = now.delta - last.delta, c - last.pred_c
         slope, slope_c = reach * (last.delta - before.delta), reach * (last.pred_c - before.pred_c)
         self._alpha.update(moved, slope)
         self._gamma.update(moved_c, slope_c)
         self._beta.update(moved - slope, moved_c - slope_c)
+        around = [*self._known[:-1], now]
+        if len({self._times()[full.step] for full in [*around, last]}) == 4:
+            line, line_c = self._through(around[-2:], last.step)
+            bent, bent_c = self._through(around, last.step)
+            self._kappa.update(last.delta - line, bent - line)
+            self._mu.update(last.pred_c - line_c, bent_c - line_c)
+
+    def _times(self) -> tuple[float, ...]:
+        assert self.sampler is not None
+        return self.sampler.times
 
     def _reach(self, known: Sequence[_Known], step: int) -> float:
         """``r``: how far ``step`` lies beyond the last known step, in units of the gap before that.
 
         0 where that gap is none: solvers of order 2 evaluate twice at one time, and the later evaluation counts.
         """
-        assert self.sampler is not None
-        before, last, now = (self.sampler.times[i] for i in (known[-2].step, known[-1].step, step))
+        before, last, now = (self._times()[i] for i in (known[-2].step, known[-1].step, step))
         return (now - last) / (last - before) if last != before else 0.0
 
 

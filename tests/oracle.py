@@ -104,6 +104,7 @@ class Oracle:
         self.guesses = []  # since the last FULL step
         self.owed = []  # (step, missed delta times w - 1, missed c) not paid back yet
         self.fits = []  # (alpha, beta, gamma) of the FULL steps, in order
+        self.bends = []  # (kappa, mu) likewise
         self.discrepancy = []
 
     @torch.no_grad()
@@ -156,13 +157,13 @@ class Oracle:
         # Two FULL steps at one time (solvers of order 2) tell nothing of the slope.
         if len(self.fulls) > 1 and self.reach(self.fulls[-2].step, self.fulls[-1].step, now.step) != 0:
             self.fits.append(self.fit(*self.fulls[-2:], now))
+            times = {self.times[full.step] for full in [*self.fulls[-3:], now]}
+            if len(times) == 4:
+                self.bends.append(self.fit_bends(now))
         beta = self.coefficients()[1]
         for guess in self.guesses:
-            last = self.fulls[-1]
-            start, at, end = (self.times[step] for step in (last.step, guess.step, now.step))
-            share = (at - start) / (end - start) if end != start else 1.0
-            line, line_c = last.delta + share * (now.delta - last.delta), last.c + share * (now.c - last.c)
-            right, right_c = (line, line_c) if guess.kind == "S" else (line + beta * (guess.c - line_c), guess.c)
+            curve, curve_c = self.between(guess.step, now)
+            right, right_c = (curve, curve_c) if guess.kind == "S" else (curve + beta * (guess.c - curve_c), guess.c)
             self.owed.append((guess.step, (guess.w - 1) * (right - guess.delta), right_c - guess.c))
         gain, w = self.gains[now.step], self.w()
         is_small = any(abs(gain) < 0.5 * abs(self.gains[step]) for step, *_ in self.owed)
@@ -173,6 +174,38 @@ class Oracle:
         delta = sum(self.gains[step] / (gain * (w - 1)) * missed for step, missed, _ in owed)
         c = sum(self.gains[step] / gain * missed for step, _, missed in owed)
         return c - delta, c
+
+    def between(self, step, now):
+        """(delta, c) at a step before ``now``: on the line from the last FULL step, bent by shares of the parabola."""
+        found = []
+        for k, name in enumerate(("delta", "c")):
+            line, bend = self.line_and_bend(self.fulls[-2:], now, step, name)
+            found.append(line + self.mean([fit[k] for fit in self.bends]) * bend)
+        return found
+
+    def line_and_bend(self, before, after, step, name):
+        """Between the last of ``before`` and ``after``; the bend is 0 where there are no three times."""
+        at, start, end = (self.times[i] for i in (step, before[-1].step, after.step))
+        first, second = getattr(before[-1], name), getattr(after, name)
+        if start == end:
+            return second, 0.0
+        slope = (second - first) / (end - start)
+        line = first + (at - start) * slope
+        if len(before) < 2 or self.times[before[-2].step] == start:
+            return line, 0.0
+        earlier = self.times[before[-2].step]
+        curvature = (slope - (first - getattr(before[-2], name)) / (start - earlier)) / (end - earlier)
+        return line, (at - start) * (at - end) * curvature
+
+    def fit_bends(self, now):
+        """How much of the bend the last FULL step shows, had it been between its neighbours; per picture."""
+        *before, last = self.fulls[-3:]
+        found = []
+        for name in ("delta", "c"):
+            line, bend = self.line_and_bend(before, now, last.step, name)
+            dot = ((getattr(last, name) - line) * bend).flatten(1).sum(1) / (bend * bend).flatten(1).sum(1)
+            found.append(dot.clip(-1, 2).reshape(-1, 1, 1, 1))
+        return found
 
     def fit(self, before, last, now):
         """Least-squares coefficients of one FULL step, per picture. None counts for more than 2 or less than -1."""
@@ -188,13 +221,13 @@ class Oracle:
 
     def coefficients(self):
         """alpha, beta, gamma: means over the FULL steps, each older one with 0.8 of the weight."""
-        if not self.fits:
-            return 0.0, 0.0, 0.0
-        weights = [0.8**age for age in reversed(range(len(self.fits)))]
-        return [
-            (sum(w * fit[k] for w, fit in zip(weights, self.fits, strict=True)) / sum(weights)).clip(0, 1)
-            for k in range(3)
-        ]
+        return [self.mean([fit[k] for fit in self.fits]) for k in range(3)]
+
+    def mean(self, found):
+        weights = [0.8**age for age in reversed(range(len(found)))]
+        if not found:
+            return 0.0
+        return (sum(w * one for w, one in zip(weights, found, strict=True)) / sum(weights)).clip(0, 1)
 
     def reach(self, before, last, now):
         before, last, now = self.times[before], self.times[last], self.times[now]

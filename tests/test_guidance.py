@@ -46,6 +46,12 @@ def wavy(seed):
     return [a * torch.cos(torch.tensor(t / 400)) + b + 0.1 * random(seed + 2 + i) for i, t in enumerate(TIMES)]
 
 
+def bent(seed):
+    """Predictions that lie on a parabola over the times."""
+    start, slope, bend = (random(seed + i) for i in range(3))
+    return [start + t / 1000 * slope + 4 * (t / 1000) ** 2 * bend for t in TIMES]
+
+
 def on_lines(plan, predictions):
     """The predictions, but for steps that are not FULL on the straight line between the FULL steps around them."""
     line = list(predictions)
@@ -70,11 +76,23 @@ def test_straight_lines_are_estimated_without_an_error_and_nothing_is_owed(plan)
         torch.testing.assert_close(c, pred_c[i], atol=1e-4, rtol=1e-4)
 
 
-def test_with_skipped_steps_the_run_moves_as_if_the_lines_between_full_steps_had_been_used():
-    pred_u, pred_c, plan = wavy(0), wavy(20), "FFFSFSSFSF"
+@pytest.mark.parametrize("plan", ["FFFSFSSFSF", "FFFFSSSFSF"])
+def test_with_skipped_steps_the_run_moves_as_if_the_curves_had_been_used(plan):
+    """Evenly bent predictions are met whatever the gaps, once four FULL steps have shown that they are."""
+    pred_u, pred_c = bent(0), bent(20)
     paid = impulse(follow(rule(), plan, pred_u, pred_c))
-    expected = impulse(list(zip(on_lines(plan, pred_u), on_lines(plan, pred_c), strict=True)))
-    torch.testing.assert_close(paid, expected, rtol=1e-4, atol=1e-4)
+    true = impulse(list(zip(pred_u, pred_c, strict=True)))
+    lines = impulse(list(zip(on_lines(plan, pred_u), on_lines(plan, pred_c), strict=True)))
+    torch.testing.assert_close(paid, true, rtol=1e-3, atol=1e-2)
+    assert (lines - true).norm() > 100 * (paid - true).norm()
+
+
+def test_of_predictions_that_are_noise_nothing_is_taken_for_a_bend():
+    pred_u, pred_c = ([random(seed + i) for i in range(len(TIMES))] for seed in (0, 20))
+    plan = "FFFSFSSFSF"
+    paid = impulse(follow(rule(), plan, pred_u, pred_c))
+    lines = impulse(list(zip(on_lines(plan, pred_u), on_lines(plan, pred_c), strict=True)))
+    torch.testing.assert_close(paid, lines, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("plan", ["FFFSFSSFSF", "FFFPFPPFPF", "FFFPSFSPSF", "FFFFFPPPSF"])
@@ -93,12 +111,12 @@ def test_estimates_do_not_depend_on_w_nor_does_what_a_full_step_is_handed(w):
 
 
 def test_a_w_that_changes_is_taken_into_the_debt():
-    pred_u, pred_c, plan = wavy(0), wavy(20), "FFFSFSSFSF"
+    pred_u, pred_c, plan = bent(0), bent(20), "FFFSFSSFSF"
     w = [5.0, 5.0, 5.0, 9.0, 2.0, 7.0, 3.0, 5.0, 1.5, 4.0]
     paid = impulse(follow(rule(), plan, pred_u, pred_c, w), w)
     steady = impulse(follow(rule(), plan, pred_u, pred_c), w)  # pays for w = 5 throughout
-    expected = impulse(list(zip(on_lines(plan, pred_u), on_lines(plan, pred_c), strict=True)), w)
-    torch.testing.assert_close(paid, expected, rtol=1e-4, atol=1e-4)
+    expected = impulse(list(zip(pred_u, pred_c, strict=True)), w)
+    torch.testing.assert_close(paid, expected, rtol=1e-3, atol=1e-2)
     assert (steady - expected).abs().max() > 0.1
 
 
