@@ -176,8 +176,11 @@ class Deferred(Reuse):
         if len(self._known) > 1:
             self._fit(step, pred_u, pred_c)
         super().full(step, pred_u, pred_c, guidance)
+        if self._used:
+            bend, bend_c = self._bends(self._known)
+            bends = self._kappa.value * bend, self._mu.value * bend_c
         for used in self._used:
-            hindsight, gain = self._hindsight(used), gains[used.estimate.step]
+            hindsight, gain = self._hindsight(used, bends), gains[used.estimate.step]
             delta = gain * used.guidance * (hindsight.delta - used.estimate.delta)
             c = gain * (hindsight.pred_c - used.estimate.pred_c)
             self._debt = (delta, c) if self._debt is None else (self._debt[0] + delta, self._debt[1] + c)
@@ -207,26 +210,40 @@ class Deferred(Reuse):
         unforeseen = pred_c - last.pred_c - self._alpha.value * slope_c
         return _Known(step, delta + self._beta.value * unforeseen, pred_c)
 
-    def _hindsight(self, used: _Used) -> _Known:
-        """What stands for the step's delta and pred_c now that the FULL step after it is known."""
+    def _hindsight(self, used: _Used, bends: Pair) -> _Known:
+        """What stands for the step's delta and pred_c now that the FULL step after it is known.
+
+        Args:
+            bends: of delta and of pred_c, [B, ...]: how their curves bend (second divided differences).
+        """
         step, c = used.estimate.step, used.estimate.pred_c
-        line, line_c = self._through(self._known[-2:], step)
-        bent, bent_c = self._through(self._known, step)
-        delta, curve_c = line + self._kappa.value * (bent - line), line_c + self._mu.value * (bent_c - line_c)
+        line, line_c, lever = self._line(self._known[-2:], step)
+        delta, curve_c = torch.add(line, bends[0], alpha=lever), torch.add(line_c, bends[1], alpha=lever)
         if not used.is_evaluated:
             return _Known(step, delta, curve_c)
         return _Known(step, delta + self._beta.value * (c - curve_c), c)
 
-    def _through(self, known: Sequence[_Known], step: int) -> Pair:
-        """Delta and pred_c at ``step`` of the polynomials through FULL steps; of two at one time the later counts."""
-        times = self._times()
-        by_time = {times[full.step]: full for full in known}
-        parts = [
-            (prod((times[step] - other) / (time - other) for other in by_time if other != time), full)  # Lagrange's
-            for time, full in by_time.items()
-        ]
-        delta = torch.stack([share * full.delta for share, full in parts]).sum(0)
-        c = torch.stack([share * full.pred_c for share, full in parts]).sum(0)
+    def _line(self, ends: Sequence[_Known], step: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Delta and pred_c at ``step`` on straight lines between two FULL steps, and what a bend of 1 would add there.
+
+        Solvers of order 2 evaluate twice at one time: the later evaluation counts.
+        """
+        start, end = ends
+        first, last, now = (self._times()[i] for i in (start.step, end.step, step))
+        share = (now - first) / (last - first) if last != first else 1.0
+        delta, c = (torch.lerp(a, b, share) for a, b in zip(start[1:], end[1:], strict=True))
+        return delta, c, (now - first) * (now - last)
+
+    def _bends(self, known: Sequence[_Known]) -> Pair:
+        """Second divided differences of delta and pred_c over three FULL steps; 0 where there are no three times."""
+        times = [self._times()[full.step] for full in known]
+        if len(set(times)) < 3:
+            return torch.zeros_like(known[-1].delta), torch.zeros_like(known[-1].pred_c)
+        x, y, z = (1 / prod(time - other for other in times if other != time) for time in times)
+        delta, c = (
+            torch.add(torch.add(one * x, two, alpha=y), three, alpha=z)
+            for one, two, three in zip(*(full[1:] for full in known), strict=True)
+        )
         return delta, c
 
     def _fit(self, step: int, pred_u: torch.Tensor, pred_c: torch.Tensor) -> None:
@@ -244,10 +261,10 @@ class Deferred(Reuse):
         self._beta.update(moved - slope, moved_c - slope_c)
         around = [*self._known[:-1], now]
         if len({self._times()[full.step] for full in [*around, last]}) == 4:
-            line, line_c = self._through(around[-2:], last.step)
-            bent, bent_c = self._through(around, last.step)
-            self._kappa.update(last.delta - line, bent - line)
-            self._mu.update(last.pred_c - line_c, bent_c - line_c)
+            line, line_c, lever = self._line(around[-2:], last.step)
+            bend, bend_c = self._bends(around)
+            self._kappa.update(last.delta - line, lever * bend)
+            self._mu.update(last.pred_c - line_c, lever * bend_c)
 
     def _times(self) -> tuple[float, ...]:
         assert self.sampler is not None
