@@ -54,7 +54,15 @@ _CONSTANTS = frozenset((bool, int, float, str))
 _HOLDING: WeakSet[Graphs] = WeakSet()
 
 Piece = Callable[..., Any]
-_Key = tuple[Hashable, ...]  # name, state, arguments one by one: the denoiser's inputs first
+
+
+class _Key(NamedTuple):
+    """What a graph belongs to: the piece, the state of the denoiser, its inputs, and the piece's other arguments."""
+
+    name: str
+    state: int
+    inputs: Hashable
+    others: Hashable
 
 
 class _Graph(NamedTuple):
@@ -108,14 +116,18 @@ class Graphs:
         if self._fixed is not None:
             self._state = self._number((self._fixed, *map(_present, self._changing)))
 
-    def __call__(self, name: str, piece: Piece, *args: Any) -> Any:
-        """``piece(*args)``: a nest of tensors and constants, the caller's own. The denoiser's inputs come first."""
+    def __call__(self, name: str, piece: Piece, inputs: Any, *others: Any) -> Any:
+        """``piece(inputs, *others)``, of the denoiser's inputs: a nest of tensors and constants, the caller's own."""
+        args = inputs, *others
         if self._fixed is None:
             return piece(*args)
-        key = (name, self._state, *map(_describe, args))
+        key = _Key(name, self._state, _describe(inputs), _describe(others))
         is_first = key not in self._graphs
         if is_first:
-            has_run = any(graph and k[0] != name and k[1:3] == key[1:3] for k, graph in self._graphs.items())
+            has_run = any(
+                graph and other.name != name and (other.state, other.inputs) == (key.state, key.inputs)
+                for other, graph in self._graphs.items()
+            )
             self._remember(key, None)
             self._first_calls[name] += 1
             if self._first_calls[name] > MOST_FIRST_CALLS:
@@ -143,7 +155,7 @@ class Graphs:
 
     def captured(self) -> dict[str, Callable[[], None]]:
         """A replay of each piece captured, the last one of a name: to be timed."""
-        return {str(key[0]): graph.replay for key, graph in self._graphs.items() if graph is not None}
+        return {key.name: graph.replay for key, graph in self._graphs.items() if graph is not None}
 
     def refuse(self, reason: str) -> None:
         """Capture nothing from now on, and say why."""

@@ -160,7 +160,7 @@ class Deferred(Reuse):
 
     extrapolates_boundary = True
     needs_sampler = True
-    _memory = 3  # two for the estimate, and one more for the trial that forgets the last
+    _memory = 4  # three for the curves, and one more for the fit of their bends
     _forget = 0.8
 
     def __init__(self, sampler: Sampler | None = None) -> None:
@@ -173,11 +173,11 @@ class Deferred(Reuse):
     def full(self, step: int, pred_u: torch.Tensor, pred_c: torch.Tensor, guidance: float) -> Pair:
         assert self.sampler is not None
         gains = self.sampler.gains
-        if len(self._known) > 1:
-            self._fit(step, pred_u, pred_c)
         super().full(step, pred_u, pred_c, guidance)
+        if len(self._known) > 2:
+            self._fit()
         if self._used:
-            bend, bend_c = self._bends(self._known)
+            bend, bend_c = self._bends(self._known[-3:])
             bends = self._kappa.value * bend, self._mu.value * bend_c
         for used in self._used:
             hindsight, gain = self._hindsight(used, bends), gains[used.estimate.step]
@@ -224,14 +224,11 @@ class Deferred(Reuse):
         return _Known(step, delta + self._beta.value * (c - curve_c), c)
 
     def _line(self, ends: Sequence[_Known], step: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Delta and pred_c at ``step`` on straight lines between two FULL steps, and what a bend of 1 would add there.
-
-        Solvers of order 2 evaluate twice at one time: the later evaluation counts.
-        """
+        """Delta and pred_c at ``step`` on the lines between two FULL steps, and what a bend of 1 would add there."""
         start, end = ends
-        first, last, now = (self._times()[i] for i in (start.step, end.step, step))
-        share = (now - first) / (last - first) if last != first else 1.0
+        share = 1 + self._reach(ends, step)
         delta, c = (torch.lerp(a, b, share) for a, b in zip(start[1:], end[1:], strict=True))
+        first, last, now = (self._times()[i] for i in (start.step, end.step, step))
         return delta, c, (now - first) * (now - last)
 
     def _bends(self, known: Sequence[_Known]) -> Pair:
@@ -246,23 +243,20 @@ class Deferred(Reuse):
         )
         return delta, c
 
-    def _fit(self, step: int, pred_u: torch.Tensor, pred_c: torch.Tensor) -> None:
-        """Take FULL step ``step`` into the coefficients; `_known` holds those before it."""
-        before, last = self._known[-2:]
-        c = pred_c.float()
-        now = _Known(step, c - pred_u.float(), c)
-        reach = self._reach(self._known, step)
+    def _fit(self) -> None:
+        """Take the FULL step that is known last into the coefficients."""
+        *earlier, before, last, now = self._known
+        reach = self._reach((before, last), now.step)
         if reach == 0:
             return
-        moved, moved_c = now.delta - last.delta, c - last.pred_c
+        moved, moved_c = now.delta - last.delta, now.pred_c - last.pred_c
         slope, slope_c = reach * (last.delta - before.delta), reach * (last.pred_c - before.pred_c)
         self._alpha.update(moved, slope)
         self._gamma.update(moved_c, slope_c)
         self._beta.update(moved - slope, moved_c - slope_c)
-        around = [*self._known[:-1], now]
-        if len({self._times()[full.step] for full in [*around, last]}) == 4:
-            line, line_c, lever = self._line(around[-2:], last.step)
-            bend, bend_c = self._bends(around)
+        if len({self._times()[full.step] for full in self._known}) == 4:
+            line, line_c, lever = self._line((before, now), last.step)
+            bend, bend_c = self._bends((*earlier, before, now))
             self._kappa.update(last.delta - line, lever * bend)
             self._mu.update(last.pred_c - line_c, lever * bend_c)
 

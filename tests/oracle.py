@@ -203,27 +203,23 @@ class Oracle:
         found = []
         for name in ("delta", "c"):
             line, bend = self.line_and_bend(before, now, last.step, name)
-            dot = ((getattr(last, name) - line) * bend).flatten(1).sum(1) / (bend * bend).flatten(1).sum(1)
-            found.append(dot.clip(-1, 2).reshape(-1, 1, 1, 1))
+            found.append(least_squares(getattr(last, name) - line, bend))
         return found
 
     def fit(self, before, last, now):
-        """Least-squares coefficients of one FULL step, per picture. None counts for more than 2 or less than -1."""
+        """Least-squares coefficients of one FULL step."""
         r = self.reach(before.step, last.step, now.step)
         slope, slope_c = r * (last.delta - before.delta), r * (last.c - before.c)
         rest, rest_c = now.delta - last.delta - slope, now.c - last.c - slope_c
         pairs = [(now.delta - last.delta, slope), (rest, rest_c), (now.c - last.c, slope_c)]
-        found = []
-        for target, regressor in pairs:
-            dot = (target * regressor).flatten(1).sum(1) / (regressor * regressor).flatten(1).sum(1)
-            found.append(dot.clip(-1, 2).reshape(-1, 1, 1, 1))  # [B, 1, 1, 1]
-        return found
+        return [least_squares(target, regressor) for target, regressor in pairs]
 
     def coefficients(self):
-        """alpha, beta, gamma: means over the FULL steps, each older one with 0.8 of the weight."""
+        """alpha, beta, gamma."""
         return [self.mean([fit[k] for fit in self.fits]) for k in range(3)]
 
     def mean(self, found):
+        """Over the FULL steps, each older one with 0.8 of the weight."""
         weights = [0.8**age for age in reversed(range(len(found)))]
         if not found:
             return 0.0
@@ -248,6 +244,12 @@ class Oracle:
         if isinstance(first, tuple):
             return tuple(a + share * (b - a) for a, b in zip(first, second, strict=True))
         return first + share * (second - first)
+
+
+def least_squares(target, regressor):
+    """A coefficient per picture, [B, 1, 1, 1]. None counts for more than 2 or less than -1."""
+    dot = (target * regressor).flatten(1).sum(1) / (regressor * regressor).flatten(1).sum(1)
+    return dot.clip(-1, 2).reshape(-1, 1, 1, 1)
 
 
 class Staged(Oracle):
