@@ -53,11 +53,11 @@ def prediction(line: dict) -> float:
     speed, _ = speed_of(cost.kind, line["device"])
     if line["plan"] is None:
         return one_gpu(cost, speed, line["steps"])
-    pictures = line.get("pictures", 1)
-    branches = 1 if ", rank" in line["strategy"] else 2  # that have ranks
-    sequence = len(line["peak_memory"]) // branches if "ulysses" in line["strategy"] else 1
-    plan = Plan.parse(line["plan"])
-    return predict(cost, speed, Machine(), plan, Layout(pictures, sequence), pictures).seconds
+    _, *ways = line["strategy"].split(", ")
+    pictures, ranks = line.get("pictures", 1), len(line["peak_memory"])
+    branches = 1 if {"rank 0", "rank 1"} & {*ways} else 2  # that have ranks
+    layout = Layout(pictures, ranks // branches if "ulysses" in ways else 1, ranks if "stages" in ways else 2)
+    return predict(cost, speed, Machine(), Plan.parse(line["plan"]), layout, pictures).seconds
 
 
 @cache

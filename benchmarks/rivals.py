@@ -16,20 +16,25 @@ import torch.distributed as dist
 from hybridiff_xdit.xdit.compat import import_xfuser
 
 #: As named on the command line.
-NAMES = ("xdit cfg", "xdit ulysses", "xdit pipefusion")
+NAMES = ("xdit cfg", "xdit ulysses", "xdit pipefusion", "xdit cfg ring", "xdit cfg pipefusion")
 
 
 def degrees(name: str, family: str) -> dict[str, Any] | None:
     """xDiT's flags for a strategy on all processes; None where xDiT does not offer it.
 
-    ``xdit cfg`` is CFG parallelism, on more than two processes with Ulysses in each branch. xDiT runs a U-Net on two
-    processes by CFG parallelism, and in no other way.
+    ``xdit cfg`` is CFG parallelism, on more than two processes with Ulysses in each branch, ring attention in its place
+    or PipeFusion. xDiT runs a U-Net on two processes by CFG parallelism, and in no other way.
     """
     size = dist.get_world_size()
+    cfg, a_branch = {"use_cfg_parallel": True}, size // 2
     if family == "unet" and (name, size) != ("xdit cfg", 2):
         return None
+    if a_branch == 1 and name in ("xdit cfg ring", "xdit cfg pipefusion"):
+        return None
     return {
-        "xdit cfg": {"use_cfg_parallel": True, "ulysses_degree": size // 2},
+        "xdit cfg": {**cfg, "ulysses_degree": a_branch},
+        "xdit cfg ring": {**cfg, "ring_degree": a_branch},
+        "xdit cfg pipefusion": {**cfg, "pipefusion_parallel_degree": a_branch},
         "xdit ulysses": {"ulysses_degree": size},
         "xdit pipefusion": {"pipefusion_parallel_degree": size},
     }[name]
@@ -43,7 +48,7 @@ def applied(name: str, pipe: Any, family: str, is_decoder_split: bool) -> Iterat
     engine_config = group.xdit_config(**flags, use_parallel_vae=is_decoder_split)
     engine_config.runtime_config.dtype = pipe.dtype
     xfuser: Any = import_xfuser()
-    if name == "xdit pipefusion":
+    if "pipefusion" in name:
         _mend_pipefusion()
     wrapper = xfuser.xFuserStableDiffusionXLPipeline if family == "unet" else xfuser.xFuserStableDiffusion3Pipeline
     yield wrapper(pipe, engine_config)

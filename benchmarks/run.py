@@ -21,8 +21,8 @@ A strategy is a configuration and, after commas, how it is run:
 More processes than GPUs share them, and ours exchange through the host: memory is a rank's, but times mean nothing.
 
 ``one-gpu`` is the pipeline as it is, on rank 0, while the others wait on the host. ``both branches`` pipelines both, as
-AsyncDiff does (`both_branches.py`). ``xdit cfg``, ``xdit ulysses`` and ``xdit pipefusion`` are xDiT's own strategies on
-all processes, where it has them for the model (`rivals.py`).
+AsyncDiff does (`both_branches.py`). ``xdit cfg``, ``xdit ulysses`` and the like are xDiT's own strategies on all
+processes, where it has them for the model (`rivals.py`).
 
 Each strategy has two blocks of repeats, each after a warm-up of its own, and the blocks take turns, so that a drift of
 the machine falls on all alike. The *floor* of a strategy is the time of its graphs alone, replayed one after the other:
@@ -35,6 +35,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import logging
 import platform
 import re
 from collections.abc import Iterator
@@ -75,6 +76,8 @@ BOTH_BRANCHES = "both branches"
 WARM_UP = 1
 WAYS = ("eager", "graphs", "compiled", "vae", "ulysses", "stages", "pairs", "rank 0", "rank 1")
 BLOCKS = 2
+
+logger = logging.getLogger(__name__)
 
 
 class Strategy(NamedTuple):
@@ -224,6 +227,10 @@ def main() -> None:
     for name in args.scenario:
         family = SCENARIOS[name].family
         chosen = {name: strategy for name, strategy in strategies.items() if strategy.is_offered(family)}
+        left = [repr(name) for name in strategies if name not in chosen]
+        if left and dist.get_rank() == 0:
+            logger.warning("%s: not offered on %d processes: %s.", name, dist.get_world_size(), ", ".join(left))
+        scenarios: list[dict[str, Any]] = []
         for scenarios in _compare(name, chosen, loop, device, host, place, args):
             if dist.get_rank() == 0:  # what is measured is kept, whatever comes next
                 args.out.write_text("".join(json.dumps(line) + "\n" for line in lines + scenarios))

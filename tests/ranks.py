@@ -140,10 +140,14 @@ def _serve(pipe: Any, rank: int, size: int, kind: str, store: str, timeout: floa
     import torch
     import torch.distributed as dist
 
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), TEST_DEVICE=kind)
+    local = {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), **local, TEST_DEVICE=kind)
     torch.set_num_threads(1)
-    is_shared = kind == "cuda" and size > torch.cuda.device_count()
+    is_shared = False
     if kind == "cuda":
+        import group
+
+        is_shared = group.gpus_are_shared()
         torch.cuda.set_device(rank % torch.cuda.device_count())
         # TF32 is off by default for matrix products, on for convolutions.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
@@ -155,8 +159,6 @@ def _serve(pipe: Any, rank: int, size: int, kind: str, store: str, timeout: floa
         timeout=timedelta(seconds=timeout),
     )
     if is_shared:
-        import group
-
         from hybridiff_xdit import hybrid
 
         hybrid.Comm = group.ThroughHost

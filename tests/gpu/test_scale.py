@@ -67,10 +67,7 @@ def split(flags, fields, dtype):
     return compare(pipe, "sd3", oracle.CUTS["sd3"], fields, sequence=group.split_tokens(pipe, **flags), simulate=True)
 
 
-@pytest.mark.parametrize(
-    ("fields", "pieces"), [({"policy": "cfg"}, [1]), ({"plan": PLAN, "guidance": "deferred"}, [3])], ids=["cfg", "plan"]
-)
-@pytest.mark.parametrize(
+SPLITS = pytest.mark.parametrize(
     ("flags", "dtype", "tolerance"),
     [
         # xDiT's own choice is cuDNN's attention: in float32 it gives nan.
@@ -80,8 +77,31 @@ def split(flags, fields, dtype):
     ],
     ids=["ulysses", "ulysses, cuDNN", "ring"],
 )
+
+
+@pytest.mark.parametrize(
+    ("fields", "pieces"), [({"policy": "cfg"}, [1]), ({"plan": PLAN, "guidance": "deferred"}, [3])], ids=["cfg", "plan"]
+)
+@SPLITS
 def test_split_tokens_are_the_oracle(pair, flags, dtype, tolerance, fields, pieces):
     check(pair.run(split, flags, fields, dtype), pieces, tolerance)
+
+
+def split_beside_branches(flags, fields, dtype):
+    """A branch a group of two of the four ranks, split over them by xDiT."""
+    pipe = tiny.PIPELINES["sd3"]().to(device(), getattr(torch, dtype))
+    pipe.set_progress_bar_config(disable=True)
+    sequence = group.split_tokens(pipe, use_cfg_parallel=True, **flags)
+    return compare(pipe, "sd3", oracle.CUTS["sd3"], fields, group=group.Place.of().pair, sequence=sequence)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four CUDA devices")
+@pytest.mark.parametrize(
+    ("fields", "pieces"), [({"policy": "cfg"}, [1]), ({"plan": PLAN, "guidance": "deferred"}, [2])], ids=["cfg", "plan"]
+)
+@SPLITS
+def test_split_tokens_beside_branches_are_the_oracle(four, flags, dtype, tolerance, fields, pieces):
+    check(four.run(split_beside_branches, flags, fields, dtype), pieces, tolerance)
 
 
 def deals():
