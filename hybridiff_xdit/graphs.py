@@ -237,6 +237,8 @@ def seconds_between(run: Callable[[Callable[[], None]], Any]) -> tuple[float, ..
         replay()
         events[-1].synchronize()
         samples.append([before.elapsed_time(after) / 1e3 for before, after in pairwise(events)])
+    del replay  # and with it the graph, whose memory nothing else can have before it is given back
+    torch.cuda.empty_cache()
     return tuple(map(median, zip(*samples, strict=True)))
 
 

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig
 
 from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
+from hybridiff_xdit.graphs import seconds_between
 from hybridiff_xdit.hybrid import _SESSION
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -157,3 +158,19 @@ def test_memory_is_released_on_removal():
     _, first = used()  # the stream of captures keeps a workspace of cuBLAS's from its first use on
     during, second = used()
     assert second == first < during
+
+
+def test_timing_gives_its_memory_back():
+    """Else it would lie beside that of the graphs."""
+    size = 2**28
+
+    def run(mark):
+        mark()
+        torch.ones(size, device="cuda", dtype=torch.uint8)
+        mark()
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    assert seconds_between(run) is not None
+    assert torch.cuda.memory_reserved() - before < size
