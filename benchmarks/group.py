@@ -6,6 +6,7 @@ Processes that outnumber the GPUs share them, and exchange through the host's me
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -116,17 +117,30 @@ def xdit_config(**flags: Any) -> Any:
     return engine_config
 
 
-def ulysses(pipe: Any, branches: int = 2) -> SequenceSplit:
-    """A split of a branch's tokens over the ranks of a branch, by xDiT's Ulysses attention on xDiT's groups.
+def degrees(ways: Iterable[str], ranks: int) -> dict[str, int]:
+    """Ranks of a branch along each of the axes that split it, in xDiT's order: all along one; of several, two each."""
+    axes = [axis for axis in ("ulysses", "ring", "stages") if axis in ways]
+    return dict.fromkeys(axes, ranks if len(axes) == 1 else 2)
+
+
+def split_branches(
+    pipe: Any, degrees: dict[str, int], branches: int = 2
+) -> tuple[SequenceSplit | None, dist.ProcessGroup | None]:
+    """The split of a branch's tokens, on xDiT's groups, and the ranks of equal place in it; None: nothing is split.
 
     Args:
+        degrees: see `degrees`.
         branches: how many have ranks: with one, all ranks are that branch's.
     """
-    degree = dist.get_world_size() // branches
-    split = split_tokens(pipe, use_cfg_parallel=branches == 2, ulysses_degree=degree)
-    if split is None:
-        raise SystemExit(f"The strategies with ulysses need two processes a branch: --nproc_per_node {2 * branches}.")
-    return split
+    if not degrees:
+        return None, None
+    ulysses, ring, layers = (degrees.get(axis, 1) for axis in ("ulysses", "ring", "stages"))
+    sequence = None
+    if ulysses * ring > 1:
+        flags = dict(ulysses_degree=ulysses, ring_degree=ring, pipefusion_parallel_degree=layers)
+        sequence = split_tokens(pipe, use_cfg_parallel=branches == 2, **flags)
+    places = [dist.new_group(range(i, dist.get_world_size(), ulysses * ring)) for i in range(ulysses * ring)]
+    return sequence, places[dist.get_rank() % len(places)]
 
 
 def split_tokens(pipe: Any, **flags: Any) -> SequenceSplit | None:

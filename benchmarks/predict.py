@@ -10,6 +10,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import group
 import torch
 from scenarios import SCENARIOS
 
@@ -37,9 +38,9 @@ def table(lines: list[dict]) -> str:
 
 
 def is_predicted(line: dict) -> bool:
-    """Whether a strategy is the model's to predict: not xDiT's, AsyncDiff's, compiled blocks, or the faster rank."""
+    """Whether a strategy is the model's to predict: not xDiT's, AsyncDiff's, compiled, the faster rank, or by ring."""
     base, *ways = line["strategy"].split(", ")
-    return not base.startswith(("xdit", "both branches")) and {"compiled", "rank 0"}.isdisjoint(ways)
+    return not base.startswith(("xdit", "both branches")) and {"compiled", "rank 0", "ring"}.isdisjoint(ways)
 
 
 def seconds(line: dict) -> float:
@@ -56,7 +57,8 @@ def prediction(line: dict) -> float:
     _, *ways = line["strategy"].split(", ")
     pictures, ranks = line.get("pictures", 1), len(line["peak_memory"])
     branches = 1 if {"rank 0", "rank 1"} & {*ways} else 2  # that have ranks
-    layout = Layout(pictures, ranks // branches if "ulysses" in ways else 1, ranks if "stages" in ways else 2)
+    degrees = group.degrees(ways, ranks // branches)
+    layout = Layout(pictures, degrees.get("ulysses", 1), 2 * degrees.get("stages", 1))
     return predict(cost, speed, Machine(), Plan.parse(line["plan"]), layout, pictures).seconds
 
 

@@ -11,9 +11,12 @@ A strategy is a configuration and, after commas, how it is run:
     eager     without CUDA graphs; ``one-gpu`` is eager unless ``one-gpu, graphs`` is asked for
     compiled  the transformer blocks by ``torch.compile``
     vae       the VAE's decoder split over the ranks of a picture, by DistVAE; with ``--whole``
-    ulysses   on all ranks for one picture (MMDiTs); without it, more than two ranks leave all but the first pair idle
-    stages    on all ranks for one picture, as many stages
-    pairs     on all ranks, a picture a pair
+    ulysses   a branch's tokens split over half of the ranks, by xDiT's Ulysses attention (MMDiTs)
+    ring      likewise, by its ring attention
+    stages    as many stages as ranks
+    pairs     a picture a pair
+              With none of these, more than two ranks leave all but the first pair idle. Several of the first three take
+              two ranks of a branch each: eight ranks are two branches with ``ulysses, ring`` or ``ulysses, stages``.
     rank 0    what rank 0 does, without a peer: the pictures are wrong and nothing is exchanged, all else is done.
               Needs one GPU; what a second one would change is the time of the exchanges. With ulysses, what the group
               does that has rank 0's part, on all ranks: half of the GPUs that the whole strategy takes.
@@ -43,6 +46,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -74,7 +78,7 @@ CONFIGS: dict[str, HybridConfig | None] = {
 BOTH_BRANCHES = "both branches"
 #: Its steps before both branches are pipelined: AsyncDiff's fewest.
 WARM_UP = 1
-WAYS = ("eager", "graphs", "compiled", "vae", "ulysses", "stages", "pairs", "rank 0", "rank 1")
+WAYS = ("eager", "graphs", "compiled", "vae", "ulysses", "ring", "stages", "pairs", "rank 0", "rank 1")
 BLOCKS = 2
 
 logger = logging.getLogger(__name__)
@@ -114,7 +118,7 @@ class Strategy(NamedTuple):
 
     def runs_here(self, place: group.Place) -> bool:
         """Whether this rank has a part in it."""
-        if self.is_rival or not {"ulysses", "stages", "pairs"}.isdisjoint(self.ways):
+        if self.is_rival or self.degrees or "pairs" in self.ways:
             return True
         return place.first if self.needs_peer else dist.get_rank() == 0
 
@@ -127,11 +131,25 @@ class Strategy(NamedTuple):
     def needs_peer(self) -> bool:
         return self.base != "one-gpu" and self.alone is None
 
+    @property
+    def branches(self) -> int:
+        """That have ranks."""
+        return 2 if self.alone is None else 1
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """Ranks of a branch along each axis that splits it."""
+        return group.degrees(self.ways, dist.get_world_size() // self.branches)
+
     def is_offered(self, family: str) -> bool:
-        """Whether the family can be run so."""
+        """Whether the family can be run so, on so many processes."""
         if self.is_rival:
             return rivals.degrees(self.base, family) is not None
-        return family == "mmdit" or "ulysses" not in self.ways
+        degrees = self.degrees
+        if not degrees:
+            return True
+        is_whole = min(degrees.values()) > 1 and prod(degrees.values()) * self.branches == dist.get_world_size()
+        return is_whole and (family == "mmdit" or degrees.keys() == {"stages"})
 
     @property
     def pictures(self) -> int:
@@ -175,14 +193,14 @@ class Strategy(NamedTuple):
             with _graphed(pipe) if "graphs" in self.ways else nullcontext() as found:
                 yield found
             return
-        stages, ranks = (dist.get_world_size(), None) if "stages" in self.ways else (2, place.pair)
-        config = replace(self.config, cuda_graphs="eager" not in self.ways, stages=stages)
+        layers = self.degrees.get("stages", 1)
+        config = replace(self.config, cuda_graphs="eager" not in self.ways, stages=2 * layers)
         is_alone = self.alone is not None
         alone = partial(group.Alone, self.alone) if is_alone else hybrid.Solo
         comm = group.ThroughHost if group.gpus_are_shared() else Comm
         with mock.patch.multiple(hybrid, Solo=alone, Comm=comm):
-            sequence = group.ulysses(pipe, branches=1 if is_alone else 2) if "ulysses" in self.ways else None
-            apply_hybrid(pipe, config, group=ranks, sequence=sequence, model=name, simulate=is_alone)
+            sequence, ranks = group.split_branches(pipe, self.degrees, self.branches)
+            apply_hybrid(pipe, config, group=ranks or place.pair, sequence=sequence, model=name, simulate=is_alone)
         try:
             yield getattr(pipe, hybrid._SESSION).graphs
         finally:

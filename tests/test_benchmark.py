@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import nursery
+import pytest
 from test_xdit_runs import torchrun
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -113,6 +114,18 @@ def test_xdits_strategies_on_four_processes(tmp_path):
         ("sd3-tiny", "xdit cfg", None),
     ]
     assert all(len(line["seconds"]) == 2 for line in lines)
+
+
+def test_axes_that_split_a_branch_multiply(tmp_path):
+    """Eight processes: two sequence ranks, and two for the layers, of either branch. A U-Net has no sequence."""
+    out = tmp_path / "times.jsonl"
+    flags = ("--steps", 6, "--repeats", 1, "--blocks", 1, "--out", out, "--strategy", "cfg, ulysses, stages")
+    result = nursery.run(BENCHMARKS / "run.py", "--scenario", "sdxl-tiny", "sd3-tiny", *flags, processes=8)
+    assert "sdxl-tiny: not offered on 8 processes: 'cfg, ulysses, stages'." in result.stderr
+    (line,) = map(json.loads, out.read_text().splitlines())
+    assert line["scenario"] == "sd3-tiny" and len(line["peak_memory"]) == 8
+    # With four stages the first four FULL steps are synchronous, and take twice as long. (The split is not counted.)
+    assert line["speedup_bound"] == pytest.approx(6 * 4 / (6 + 4))
 
 
 def test_one_process_cannot_be_two(tmp_path):
