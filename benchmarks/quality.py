@@ -37,7 +37,7 @@ from torch import Tensor
 from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
 from hybridiff_xdit.comm import Solo
 from hybridiff_xdit.config import TOLERANCE
-from hybridiff_xdit.plan import PAPER_PRESETS
+from hybridiff_xdit.plan import DEFAULT_KINDS, PAPER_PRESETS
 
 PROMPTS = Path(__file__).parent / "models" / "prompts.txt"
 SHOWN = (15, 16, 45, 47)  # prompts whose pictures are kept for the strip
@@ -107,9 +107,9 @@ def fewer(steps: Iterable[int], shown: int | None = None) -> list[Point]:
     return [Point("fewer plain steps", n, Plain(n), n == shown) for n in steps]
 
 
-def targets(speedups: Iterable[float], shown: float | None = None, kinds: str = "FPS") -> list[Point]:
+def targets(speedups: Iterable[float], shown: float | None = None, kinds: str = DEFAULT_KINDS) -> list[Point]:
     configs = ((s, HybridConfig(policy="adaptive", speedup=s, kinds=kinds)) for s in speedups)
-    curve = "ours, target" if kinds == "FPS" else f"ours, target, {kinds} only"
+    curve = "ours, target" if kinds == DEFAULT_KINDS else f"ours, target, {kinds} only"
     return [Point(curve, s, config, s == shown) for s, config in configs]
 
 

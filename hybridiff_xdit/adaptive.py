@@ -25,7 +25,8 @@ a group is predicted as
 
 :math:`W` are the sampler's weights (`Sampler.weights`), which make it an error of the denoiser's input whatever the
 scheduler and the number of steps; the root is how much of it the picture keeps, since later steps correct part of it
-(measured likewise).
+(measured likewise). What is not counted: the later stages of a PIPELINED step read what was made of an older input, which
+no FULL step can tell. Such steps err more than they are predicted to, and by default none is chosen (`DEFAULT_KINDS`).
 
 **Controller.** Forwards should be saved where that costs least: the sum of :math:`E^2` (errors of groups are
 independent) is to be least for what is saved. So there is one price :math:`\lambda` for all of them, and a group has
@@ -51,7 +52,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .discrepancy import Trial, check_finite
-from .plan import FULL, PIPELINED, SKIPPED, StepKind, synchronous_steps
+from .plan import DEFAULT_KINDS, FULL, PIPELINED, SKIPPED, StepKind, synchronous_steps
 from .sampler import Sampler
 
 LONGEST_GROUP = 8  # steps: a law measured over two gaps is not trusted further
@@ -114,7 +115,7 @@ class AdaptivePolicy:
         *,
         tolerance: float | None = None,
         speedup: float | None = None,
-        kinds: str = "FPS",
+        kinds: str = DEFAULT_KINDS,
         stages: int = 2,
     ) -> None:
         self.sampler: Sampler | None = sampler

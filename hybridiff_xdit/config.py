@@ -26,8 +26,8 @@ class HybridConfig:
             (`adaptive`). Default 0.005.
         speedup: for ``adaptive``, in place of the tolerance: the bound of the speed-up over one GPU to reach, from that
             of all FULL steps (2 with two stages).
-        kinds: for ``adaptive``: letters of the kinds of step that it may use: ``FPS``, ``FP`` or ``FS``. Default
-            ``FPS``.
+        kinds: for ``adaptive``: letters of the kinds of step that it may use: ``FS``, ``FP`` or ``FPS``. Default
+            ``FS``.
         guidance: what stands for the guidance where it is not evaluated: ``mixed`` (the published code), ``none``,
             ``reuse`` (the last delta) or ``deferred`` (estimates whose error is paid back on the next FULL step).
             Default: ``mixed`` with ``paper``, else ``deferred``.

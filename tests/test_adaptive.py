@@ -170,10 +170,13 @@ def test_skipped_steps_are_used_where_they_cost_little_more():
         def trials(step, distances):
             return [missed(level, step, 50, m, skipped=skipped) for m in distances]
 
-        return drive(AdaptivePolicy(sampler(50), tolerance=0.02), 50, trials)
+        policies = [AdaptivePolicy(sampler(50), tolerance=0.02, **kinds) for kinds in ({"kinds": "FPS"}, {})]
+        return [drive(policy, 50, trials) for policy in policies]
 
-    assert "P" not in plan(1.0) and "S" in plan(1.0)
-    assert "S" not in plan(20.0) and "P" in plan(20.0)
+    assert all("P" not in found and "S" in found for found in plan(1.0))
+    with_pipelined, by_default = plan(20.0)
+    assert "S" not in with_pipelined and "P" in with_pipelined
+    assert "P" not in by_default and by_default.count("S") < with_pipelined.count("P")
 
 
 # A target.

@@ -237,6 +237,6 @@ def test_what_cannot_be_split_runs_where_nothing_is_pipelined():
     pipe = tiny.sdxl()
     pipe.set_progress_bar_config(disable=True)
     pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.3, b2=1.4)
-    assert "S" in check(pipe, "sdxl", {"speedup": 2.3, "kinds": "FS"}, num_inference_steps=12)
+    assert "S" in check(pipe, "sdxl", {"speedup": 2.3}, num_inference_steps=12)
     with pytest.raises(ValueError, match=r"FreeU.*--hybrid_kinds FS"):
-        simulated(pipe, "sdxl", {"speedup": 2.3}, num_inference_steps=12)
+        simulated(pipe, "sdxl", {"speedup": 2.3, "kinds": "FPS"}, num_inference_steps=12)

@@ -70,7 +70,7 @@ _HYBRID_OPTIONS: dict[str, dict[str, Any]] = {
     },
     "kinds": {
         "choices": ["FPS", "FP", "FS"],
-        "help": "for 'adaptive': kinds of step that it may use (F: FULL, P: PIPELINED, S: SKIPPED; default: FPS)",
+        "help": "for 'adaptive': kinds of step that it may use (F: FULL, P: PIPELINED, S: SKIPPED; default: FS)",
     },
     "interval": {
         "type": int,
