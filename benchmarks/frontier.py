@@ -199,7 +199,8 @@ def text(model: str, rows: list[Row], main: str) -> str:
     first = within[0]
     parts = [
         f"# {model}: speed-up bound against closeness to the one-GPU pictures\n",
-        f"{', '.join(dict.fromkeys(row['device'] for row in rows))}; torch {first['torch']}, diffusers {first['diffusers']}, transformers "
+        f"{', '.join(dict.fromkeys(row['device'] for row in rows))}; "
+        f"torch {first['torch']}, diffusers {first['diffusers']}, transformers "
         f"{first['transformers']}, torchmetrics {first['torchmetrics']}; {first['prompts']} prompts, "
         f"{first['batch']} a call, each call its own plan.\n",
         "PSNR in dB to the one-GPU pictures of the same dtype: mean over the prompts and, in brackets, the 5th "

@@ -25,8 +25,9 @@ a group is predicted as
 
 :math:`W` are the sampler's weights (`Sampler.weights`), which make it an error of the denoiser's input whatever the
 scheduler and the number of steps; the root is how much of it the picture keeps, since later steps correct part of it
-(measured likewise). What is not counted: the later stages of a PIPELINED step read what was made of an older input, which
-no FULL step can tell. Such steps err more than they are predicted to, and by default none is chosen (`DEFAULT_KINDS`).
+(measured likewise). What is not counted: the later stages of a PIPELINED step read what was made of an older input, of
+which no FULL step can tell what it costs. Such steps err more than predicted; by default none is chosen
+(`DEFAULT_KINDS`).
 
 **Controller.** Forwards should be saved where that costs least: the sum of :math:`E^2` (errors of groups are
 independent) is to be least for what is saved. So there is one price :math:`\lambda` for all of them, and a group has
