@@ -6,7 +6,7 @@ Processes that outnumber the GPUs share them, and exchange through the host's me
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -117,14 +117,19 @@ def xdit_config(**flags: Any) -> Any:
     return engine_config
 
 
-def degrees(ways: Iterable[str], ranks: int) -> dict[str, int]:
+def branches(ways: Collection[str]) -> int:
+    """That have ranks, of a strategy run in these ways (`run.py`)."""
+    return 1 if "rank 0" in ways or "rank 1" in ways else 2
+
+
+def degrees(ways: Collection[str], processes: int) -> dict[str, int]:
     """Ranks of a branch along each of the axes that split it, in xDiT's order: all along one; of several, two each."""
     axes = [axis for axis in ("ulysses", "ring", "stages") if axis in ways]
-    return dict.fromkeys(axes, ranks if len(axes) == 1 else 2)
+    return dict.fromkeys(axes, processes // branches(ways) if len(axes) == 1 else 2)
 
 
 def split_branches(
-    pipe: Any, degrees: dict[str, int], branches: int = 2
+    pipe: Any, degrees: dict[str, int], branches: int
 ) -> tuple[SequenceSplit | None, dist.ProcessGroup | None]:
     """The split of a branch's tokens, on xDiT's groups, and the ranks of equal place in it; None: nothing is split.
 
@@ -139,8 +144,10 @@ def split_branches(
     if ulysses * ring > 1:
         flags = dict(ulysses_degree=ulysses, ring_degree=ring, pipefusion_parallel_degree=layers)
         sequence = split_tokens(pipe, use_cfg_parallel=branches == 2, **flags)
-    places = [dist.new_group(range(i, dist.get_world_size(), ulysses * ring)) for i in range(ulysses * ring)]
-    return sequence, places[dist.get_rank() % len(places)]
+    from hybridiff_xdit.xdit.pipelines import stage_ranks
+
+    ranks = stage_ranks(dist.get_world_size(), branches * layers, ulysses * ring)
+    return sequence, dist.new_subgroups_by_enumeration(ranks)[0]
 
 
 def split_tokens(pipe: Any, **flags: Any) -> SequenceSplit | None:

@@ -55,9 +55,7 @@ def prediction(line: dict) -> float:
     if line["plan"] is None:
         return one_gpu(cost, speed, line["steps"])
     _, *ways = line["strategy"].split(", ")
-    pictures, ranks = line.get("pictures", 1), len(line["peak_memory"])
-    branches = 1 if {"rank 0", "rank 1"} & {*ways} else 2  # that have ranks
-    degrees = group.degrees(ways, ranks // branches)
+    pictures, degrees = line.get("pictures", 1), group.degrees(ways, len(line["peak_memory"]))
     layout = Layout(pictures, degrees.get("ulysses", 1), 2 * degrees.get("stages", 1))
     return predict(cost, speed, Machine(), Plan.parse(line["plan"]), layout, pictures).seconds
 

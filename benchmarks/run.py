@@ -132,14 +132,9 @@ class Strategy(NamedTuple):
         return self.base != "one-gpu" and self.alone is None
 
     @property
-    def branches(self) -> int:
-        """That have ranks."""
-        return 2 if self.alone is None else 1
-
-    @property
     def degrees(self) -> dict[str, int]:
         """Ranks of a branch along each axis that splits it."""
-        return group.degrees(self.ways, dist.get_world_size() // self.branches)
+        return group.degrees(self.ways, dist.get_world_size())
 
     def is_offered(self, family: str) -> bool:
         """Whether the family can be run so, on so many processes."""
@@ -148,7 +143,8 @@ class Strategy(NamedTuple):
         degrees = self.degrees
         if not degrees:
             return True
-        is_whole = min(degrees.values()) > 1 and prod(degrees.values()) * self.branches == dist.get_world_size()
+        ranks = prod(degrees.values()) * group.branches(self.ways)
+        is_whole = min(degrees.values()) > 1 and ranks == dist.get_world_size()
         return is_whole and (family == "mmdit" or degrees.keys() == {"stages"})
 
     @property
@@ -199,7 +195,7 @@ class Strategy(NamedTuple):
         alone = partial(group.Alone, self.alone) if is_alone else hybrid.Solo
         comm = group.ThroughHost if group.gpus_are_shared() else Comm
         with mock.patch.multiple(hybrid, Solo=alone, Comm=comm):
-            sequence, ranks = group.split_branches(pipe, self.degrees, self.branches)
+            sequence, ranks = group.split_branches(pipe, self.degrees, group.branches(self.ways))
             apply_hybrid(pipe, config, group=ranks or place.pair, sequence=sequence, model=name, simulate=is_alone)
         try:
             yield getattr(pipe, hybrid._SESSION).graphs

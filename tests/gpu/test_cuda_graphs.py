@@ -139,13 +139,14 @@ def test_compiled_blocks_are_captured(caplog):
     assert len(captured(pipe)) == 3 and "CUDA graphs" not in caplog.text
 
 
+def reserved():
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
+
+
 def test_memory_is_released_on_removal():
     pipe = pipeline("sdxl")
-
-    def reserved():
-        gc.collect()
-        torch.cuda.empty_cache()
-        return torch.cuda.memory_reserved()
 
     def used():
         """Reserved while the graphs are there, and after."""
@@ -169,8 +170,6 @@ def test_timing_gives_its_memory_back():
         torch.ones(size, device="cuda", dtype=torch.uint8)
         mark()
 
-    gc.collect()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
+    before = reserved()
     assert seconds_between(run) is not None
     assert torch.cuda.memory_reserved() - before < size

@@ -60,11 +60,13 @@ def test_four_stages_are_the_oracle(four, name, pieces, rule):
     check(four.run(stages, name, rule), pieces)
 
 
-def split(flags, fields, dtype):
-    """Both branches on every rank, each split over the ranks by xDiT."""
+def split(flags, fields, dtype, is_beside_branches=False):
+    """Both branches on every rank, or either on half of the ranks; each split over its ranks by xDiT."""
     pipe = tiny.PIPELINES["sd3"]().to(device(), getattr(torch, dtype))
     pipe.set_progress_bar_config(disable=True)
-    return compare(pipe, "sd3", oracle.CUTS["sd3"], fields, sequence=group.split_tokens(pipe, **flags), simulate=True)
+    sequence = group.split_tokens(pipe, use_cfg_parallel=is_beside_branches, **flags)
+    how = {"group": group.Place.of().pair} if is_beside_branches else {"simulate": True}
+    return compare(pipe, "sd3", oracle.CUTS["sd3"], fields, sequence=sequence, **how)
 
 
 SPLITS = pytest.mark.parametrize(
@@ -87,21 +89,13 @@ def test_split_tokens_are_the_oracle(pair, flags, dtype, tolerance, fields, piec
     check(pair.run(split, flags, fields, dtype), pieces, tolerance)
 
 
-def split_beside_branches(flags, fields, dtype):
-    """A branch a group of two of the four ranks, split over them by xDiT."""
-    pipe = tiny.PIPELINES["sd3"]().to(device(), getattr(torch, dtype))
-    pipe.set_progress_bar_config(disable=True)
-    sequence = group.split_tokens(pipe, use_cfg_parallel=True, **flags)
-    return compare(pipe, "sd3", oracle.CUTS["sd3"], fields, group=group.Place.of().pair, sequence=sequence)
-
-
 @pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four CUDA devices")
 @pytest.mark.parametrize(
     ("fields", "pieces"), [({"policy": "cfg"}, [1]), ({"plan": PLAN, "guidance": "deferred"}, [2])], ids=["cfg", "plan"]
 )
 @SPLITS
 def test_split_tokens_beside_branches_are_the_oracle(four, flags, dtype, tolerance, fields, pieces):
-    check(four.run(split_beside_branches, flags, fields, dtype), pieces, tolerance)
+    check(four.run(split, flags, fields, dtype, True), pieces, tolerance)
 
 
 def deals():
