@@ -4,6 +4,8 @@ Alone, and beside more than two stages. The oracle is a plain loop on one proces
 `compat` says what stands in on a CPU.
 """
 
+from types import SimpleNamespace
+
 import nursery
 import oracle
 import pytest
@@ -117,3 +119,18 @@ def test_every_rank_raises_the_same_error(run, case, words):
     assert words in error
     # More stages compare a FULL step's inputs on the next one only.
     assert case != "drift" or f"at step {4 if stages == 2 else 6} " in error
+
+
+def test_float32_is_refused_where_the_attention_does_not_take_it(monkeypatch):
+    from hybridiff_xdit.xdit import sequence
+
+    backends = sequence.AttentionBackendType
+    state = SimpleNamespace(attention_backend=backends.CUDNN)
+    monkeypatch.setattr(sequence, "get_runtime_state", lambda: state)
+    gpu = torch.device("cuda")
+    with pytest.raises(ValueError, match=r"float32, which xDiT's attention CUDNN .* --attention_backend sdpa"):
+        sequence.check_attention(gpu, torch.float32)
+    sequence.check_attention(gpu, torch.float16)
+    sequence.check_attention(torch.device("cpu"), torch.float32)
+    state.attention_backend = backends.SDPA
+    sequence.check_attention(gpu, torch.float32)

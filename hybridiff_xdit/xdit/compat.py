@@ -141,6 +141,9 @@ LEDGER = (
     Seam(_GROUPS + ".group_coordinator", "HAS_LONG_CTX_ATTN", None, "set where there is no GPU", _CPU),
     Seam(_ATTENTION, "ATTENTION_FUNCTION_REGISTRY", None, "SDPA_FLASH replaced where there is no GPU", _CPU),
     Seam(_ATTENTION, "AttentionBackendType.SDPA_FLASH", None, "the same", _CPU),
+    Seam(_ATTENTION, "AttentionBackendType.SDPA", None, "it takes float32, as two others", _NEVER),
+    Seam(_ATTENTION, "AttentionBackendType.SDPA_MATH", None, "the same", _NEVER),
+    Seam(_ATTENTION, "AttentionBackendType.SDPA_EFFICIENT", None, "the same", _NEVER),
     Seam(_GROUPS, "is_dp_last_group", (), "whether this rank hands out pictures", _NEVER),
     Seam(_GROUPS, "get_data_parallel_rank", (), "which share of the pictures is this rank's", _NEVER),
     Seam(_GROUPS, "get_data_parallel_world_size", (), "in how many shares the pictures are dealt out", _NEVER),
@@ -153,7 +156,7 @@ LEDGER = (
         "overridden in a class that stands in for it while ours is made: it allows two ranks",
         "xDiT's U-Net state allows data parallelism",
     ),
-    Seam(_GROUPS, "get_runtime_state", (), "called at the end", _NEVER),
+    Seam(_GROUPS, "get_runtime_state", (), "its attention is read; it is destroyed at the end", _NEVER),
     Seam(
         "xfuser.core.distributed.runtime_state",
         "RuntimeState.destroy_distributed_env",

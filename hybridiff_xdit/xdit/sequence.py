@@ -10,8 +10,12 @@ from .compat import import_xfuser
 
 import_xfuser()
 
-from xfuser.core.distributed import get_sp_group  # noqa: E402
+from xfuser.core.distributed import get_runtime_state, get_sp_group  # noqa: E402
+from xfuser.core.distributed.attention_backend import AttentionBackendType  # noqa: E402
 from xfuser.model_executor.layers.usp import USP  # noqa: E402
+
+#: xDiT's attentions that take float32 on a GPU. Its own choice without flash-attn, cuDNN's, would return nan.
+_TAKE_FLOAT32 = (AttentionBackendType.SDPA, AttentionBackendType.SDPA_MATH, AttentionBackendType.SDPA_EFFICIENT)
 
 
 def sequence_split() -> SequenceSplit | None:
@@ -20,7 +24,22 @@ def sequence_split() -> SequenceSplit | None:
     return SequenceSplit(Comm(group.device_group), _attend) if group.world_size > 1 else None
 
 
+def check_attention(device: torch.device, dtype: torch.dtype) -> None:
+    """Check that xDiT's attention can work on a denoiser's tokens.
+
+    Raises:
+        ValueError: they are float32, on a GPU, and the attention takes half precision alone.
+    """
+    backend = get_runtime_state().attention_backend
+    if device.type == "cuda" and dtype == torch.float32 and backend not in _TAKE_FLOAT32:
+        raise ValueError(
+            f"hybrid-cond: the denoiser is float32, which xDiT's attention {backend.name} does not take: load it with "
+            "torch_dtype=torch.float16 or bfloat16, or add --attention_backend sdpa."
+        )
+
+
 def _attend(image: Heads, text: Heads | None) -> torch.Tensor:
+    check_attention(image[0].device, image[0].dtype)
     # Text tokens are on all ranks and come last: xDiT's "rear" joint tensors.
     joint = dict(zip(("joint_query", "joint_key", "joint_value"), text, strict=True)) if text else {}
     return USP(*image, **joint, joint_strategy="rear" if text else None)

@@ -72,7 +72,7 @@ def split(flags, fields, dtype, is_beside_branches=False):
 SPLITS = pytest.mark.parametrize(
     ("flags", "dtype", "tolerance"),
     [
-        # xDiT's own choice is cuDNN's attention: in float32 it gives nan.
+        # xDiT's own choice, cuDNN's attention, takes no float32: see below.
         ({"ulysses_degree": 2, "attention_backend": "sdpa"}, "float32", TOLERANCE),
         ({"ulysses_degree": 2}, "float16", 0.01),
         ({"ring_degree": 2, "attention_backend": "sdpa_flash"}, "float16", 0.01),  # it takes no float32
@@ -87,6 +87,16 @@ SPLITS = pytest.mark.parametrize(
 @SPLITS
 def test_split_tokens_are_the_oracle(pair, flags, dtype, tolerance, fields, pieces):
     check(pair.run(split, flags, fields, dtype), pieces, tolerance)
+
+
+def refused():
+    with pytest.raises(ValueError) as error:
+        split({"ulysses_degree": 2, "attention_backend": "cudnn"}, {"policy": "cfg"}, "float32")
+    return str(error.value)
+
+
+def test_float32_is_refused_where_the_attention_does_not_take_it(pair):
+    assert all("CUDNN" in said and "--attention_backend sdpa" in said for said in pair.run(refused))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four CUDA devices")
@@ -122,7 +132,8 @@ def test_pictures_are_dealt_out_to_gpus(pair):
 def ends():
     """The number of pieces captured when the group is destroyed, and after."""
     pipe = tiny.pipeline("sd3", device())
-    apply_hybrid(pipe, HybridConfig(policy="cfg"), sequence=group.split_tokens(pipe, ulysses_degree=2), simulate=True)
+    sequence = group.split_tokens(pipe, ulysses_degree=2, attention_backend="sdpa")
+    apply_hybrid(pipe, HybridConfig(policy="cfg"), sequence=sequence, simulate=True)
     for _ in range(2):
         call(pipe, "sd3")
     graphs = getattr(pipe, _SESSION).graphs
