@@ -38,9 +38,9 @@ def table(lines: list[dict]) -> str:
 
 
 def is_predicted(line: dict) -> bool:
-    """Whether a strategy is the model's to predict: not xDiT's, AsyncDiff's, compiled, the faster rank, or by ring."""
+    """Whether a strategy is the model's to predict: not xDiT's, AsyncDiff's, compiled, or the faster rank."""
     base, *ways = line["strategy"].split(", ")
-    return not base.startswith(("xdit", "both branches")) and {"compiled", "rank 0", "ring"}.isdisjoint(ways)
+    return not base.startswith(("xdit", "both branches")) and {"compiled", "rank 0"}.isdisjoint(ways)
 
 
 def seconds(line: dict) -> float:
@@ -56,7 +56,8 @@ def prediction(line: dict) -> float:
         return one_gpu(cost, speed, line["steps"])
     _, *ways = line["strategy"].split(", ")
     pictures, degrees = line.get("pictures", 1), group.degrees(ways, len(line["peak_memory"]))
-    layout = Layout(pictures, degrees.get("ulysses", 1), 2 * degrees.get("stages", 1))
+    ulysses, ring, layers = (degrees.get(axis, 1) for axis in ("ulysses", "ring", "stages"))
+    layout = Layout(pictures, ulysses * ring, 2 * layers, ring=ring)
     return predict(cost, speed, Machine(), Plan.parse(line["plan"]), layout, pictures).seconds
 
 

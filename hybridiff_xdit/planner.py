@@ -1,8 +1,9 @@
 """Which layout of N GPUs is the fastest? A cost model that can be read, and what it predicts.
 
-A *layout* multiplies `data` groups that share the pictures out, 2 branches, `sequence` = p ranks that split a branch's
-image tokens (MMDiT, Ulysses), and R = `stages` / 2 ranks that split a branch's layers. Seconds of a step, for a
-denoiser of f FLOPs a branch with A attentions of width D over n image and s text tokens:
+A *layout* multiplies `data` groups that share the pictures out, 2 branches, `sequence` = p = u r ranks that split a
+branch's image tokens (MMDiT; u by Ulysses, r by ring attention), and R = `stages` / 2 ranks that split a branch's
+layers. Seconds of a step, for a denoiser of f FLOPs a branch with A attentions of width D over n image and s text
+tokens:
 
     FULL       work(1 / R) + [R > 1] link(boundary) + link(prediction); work(1) of the first, synchronous ones if R > 1
     PIPELINED  work(share) + link(boundary), if it is handed over, + link(prediction)
@@ -13,9 +14,13 @@ denoiser of f FLOPs a branch with A attentions of width D over n image and s tex
     work(x)    x (fixed + f_p / rate + exchange)     x: the part of a forward that a rank runs
     share      skew times the larger part of the FLOPs of two stages; skew / S of more
     f_p        linear (n / p + s) / (n + s) + 4 A D (n / p + s) (n + s),  linear = f - 4 A D (n + s)^2
-    exchange   4 A all-to-alls (query, key, value, output; xDiT sends the text's queries and outputs too), and one
-               all-gather of the prediction's shards, of b = A (4 n / p + 2 s) D + prediction bytes in all, which are
-               packed and unpacked as well:  (4 A + 1) latency + (p - 1) / p b / bandwidth + b / packing
+    exchange   one all-gather of the prediction's shards:  latency + (p - 1) / p prediction / bandwidth
+                                                           + prediction / packing
+               u > 1: 4 A all-to-alls (query, key, value, output; xDiT sends the text's queries and outputs too) of
+               b = A (4 n / p + 2 s) D bytes, packed and unpacked:
+               4 A latency + (u - 1) / u b / bandwidth + b / packing
+               r > 1: A (r - 1) times keys and values of the next rank, and r outputs of the queries at hand merged:
+               (r - 1) A (latency + 2 n / p D / bandwidth) + r A (n / p + s / u) D / merging
     link(b)    latency + b / bandwidth, of the link that the axis crosses
 
 Nothing is taken to overlap, and all that is sent along an axis that crosses nodes is taken to leave its node. A group
@@ -30,9 +35,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise, permutations
+from itertools import pairwise, permutations, product
 from typing import Any, NamedTuple
 
 import torch
@@ -101,7 +106,8 @@ class Speed:
         rate: FLOPs a second of the rest.
         step: seconds of a step beside the forwards.
         skew: time of the slower of two stages, over what its FLOPs say.
-        packing: bytes a second at which what a split of the tokens exchanges is brought into order, before and after.
+        packing: bytes a second at which what Ulysses exchanges is brought into order, before and after.
+        merging: bytes a second of outputs that ring attention merges.
     """
 
     fixed: float
@@ -109,6 +115,7 @@ class Speed:
     step: float = 0.0
     skew: float = 1.0
     packing: float = math.inf
+    merging: float = math.inf
 
     @classmethod
     def through(cls, small: Point, large: Point, **rest: float) -> Speed:
@@ -126,12 +133,13 @@ class Speed:
 #: By `Cost.kind`, in float16: graphs replayed alone on one GPU, a branch's forward of SDXL and SD3-medium at 1024 and
 #: 2048 px (`Point`); ``step`` from the denoising loop of one GPU with graphs at 1024 px, less its forwards; ``skew``
 #: from a rank's share of a PIPELINED step, replayed alone; ``packing`` (and the latency of NVLink) from a branch's
-#: forward with its tokens split over two GPUs, SD3-medium at 1024 and 2048 px. The H100's figures are those of
+#: forward with its tokens split over two GPUs, SD3-medium at 1024 and 2048 px; ``merging`` from the denoising loop of
+#: these with ring attention on two GPUs a branch, all steps FULL. The H100's figures are those of
 #: two-ranks_2xH100_2026-11-24.md and speed_2xH100_2026-11-24.md in benchmarks/results, for 2048 px of
-#: speed_2xH100_2026-11-25.md, of split tokens of speed_2xH100_1024px_2026-11-25.md. Only forwards were timed on the
-#: H200: else the H100's stand in.
+#: speed_2xH100_2026-11-25.md, of split tokens of speed_2xH100_1024px_2026-11-25.md and, by ring attention,
+#: speed_4xH100_2026-11-26.md. Only forwards were timed on the H200: else the H100's stand in.
 _UNET = {"step": 1.3e-3, "skew": 1.056}
-_MMDIT = {"step": 0.5e-3, "skew": 1.007, "packing": 226e9}
+_MMDIT = {"step": 0.5e-3, "skew": 1.007, "packing": 226e9, "merging": 128e9}
 #: Where queries and keys are normed (SD3.5), by kernels that take time but hardly a FLOP: what SD3.5-large takes at
 #: 1024 px (97.5 ms) over what the line of SD3-medium says for its FLOPs. Not timed at another size, nor on the H200.
 _QK_NORM = 1.155
@@ -155,6 +163,15 @@ SPEEDS = {
         **_mmdits(Point(8.904e12, 26.7e-3), Point(63.923e12, 167.5e-3)),
     },
 }
+
+
+class Exchange(NamedTuple):
+    """What a rank does in a forward besides computing, where its tokens are split; all but ``exchanges`` in bytes."""
+
+    exchanges: int
+    sent: float
+    packed: float
+    merged: float
 
 
 @dataclass(frozen=True)
@@ -236,12 +253,17 @@ class Cost:
         squares = 4 * self.attentions * self.width / self.itemsize
         return (self.flops - squares * tokens**2) * mine / tokens + squares * mine * tokens
 
-    def exchanged(self, p: int) -> float:
-        """Bytes of a rank of p that its exchanges of a forward see, 4 an attention and one of the prediction.
-
-        Of them it sends (p - 1) / p, and keeps the rest.
-        """
-        return self.attentions * (4 * self.image / p + 2 * self.text) * self.width + self.prediction
+    def exchange(self, p: int, ring: int) -> Exchange:
+        """What a forward exchanges with its image tokens split over p ranks, ``ring`` of them by ring attention."""
+        tokens, u, a = self.image / p, p // ring, self.attentions
+        all_to_all = a * (4 * tokens + 2 * self.text) * self.width if u > 1 else 0.0
+        hops = a * (ring - 1)
+        return Exchange(
+            exchanges=(4 * a if u > 1 else 0) + hops + 1,
+            sent=(u - 1) / u * all_to_all + (p - 1) / p * self.prediction + hops * 2 * tokens * self.width,
+            packed=all_to_all + self.prediction,
+            merged=a * ring * (tokens + self.text / u) * self.width if ring > 1 else 0.0,
+        )
 
 
 def _features(partition: Partition, count: Any) -> int:
@@ -321,7 +343,7 @@ def calibrate(checkpoint: Checkpoint, height: int, width: int, device: torch.dev
             inputs = branch_inputs(checkpoint.denoiser, *size, dtype=dtype, device=device)
             points.append(Point(sum(anatomy.partition(inputs).flops), seconds(inputs)))
     stored = SPEEDS["H100"][_kind(anatomy)]
-    return Speed.through(*points, step=stored.step, skew=stored.skew, packing=stored.packing)
+    return Speed.through(*points, **{name: getattr(stored, name) for name in ("step", "skew", "packing", "merging")})
 
 
 def _latents(checkpoint: Checkpoint, height: int, width: int) -> tuple[int, int]:
@@ -354,12 +376,19 @@ def _spread(kind: StepKind, count: int, num_steps: int) -> Plan:
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees of parallelism; ``order`` has the axes from neighbouring ranks to the farthest (`AXES`: xDiT's)."""
+    """Degrees of parallelism.
+
+    Attributes:
+        data, sequence, stages: see above.
+        order: the axes from neighbouring ranks to the farthest (`AXES`: xDiT's).
+        ring: over how many of the sequence's ranks ring attention splits it; Ulysses, over sequence / ring.
+    """
 
     data: int = 1
     sequence: int = 1
     stages: int = 2
     order: tuple[str, ...] = AXES
+    ring: int = 1
 
     def degree(self, axis: str) -> int:
         """Ranks along an axis."""
@@ -387,7 +416,11 @@ class Layout:
 
     def flags(self) -> list[str]:
         """What to type beside ``--parallel hybrid-cond``."""
-        degrees = {"data_parallel_degree": self.data, "ulysses_degree": self.sequence}
+        degrees = {
+            "data_parallel_degree": self.data,
+            "ulysses_degree": self.sequence // self.ring,
+            "ring_degree": self.ring,
+        }
         if self.stages != 2:
             degrees["hybrid_stages"] = self.stages
         return [text for name, value in degrees.items() if value > 1 for text in (f"--{name}", str(value))]
@@ -427,9 +460,10 @@ def predict(cost: Cost, speed: Speed, machine: Machine, plan: Plan, layout: Layo
 
     work, crossing = speed.seconds(cost.flops_of(p)), 0.0
     if p > 1:
-        exchanged = cost.exchanged(p)
-        crossing = (p - 1) / p * exchanged
-        work += link["sequence"].seconds(crossing, exchanges=4 * cost.attentions + 1) + exchanged / speed.packing
+        exchange = cost.exchange(p, layout.ring)
+        crossing = exchange.sent
+        work += link["sequence"].seconds(crossing, exchanges=exchange.exchanges)
+        work += exchange.packed / speed.packing + exchange.merged / speed.merging
 
     one_full = work / ranks + link["branch"].seconds(cost.prediction)
     if ranks > 1:
@@ -465,10 +499,11 @@ def layouts(cost: Cost, gpus: int, images: int, machine: Machine) -> Iterator[La
         if data > 1 and math.ceil(images / data) == math.ceil(images / (data - 1)):
             continue  # no group has fewer pictures for it
         for p in range(1, gpus // (2 * data) + 1):
-            if cost.heads % p or cost.image % p:
+            if p > 1 and (not cost.image or cost.image % p):
                 continue
-            for ranks in (2**i for i in range(gpus.bit_length())):
-                layout = Layout(data, p, 2 * ranks)
+            rings = [ring for ring in range(1, p + 1) if p % ring == 0 and cost.heads % (p // ring) == 0]
+            for ranks, ring in product((2**i for i in range(gpus.bit_length())), rings):
+                layout = Layout(data, p, 2 * ranks, ring=ring)
                 if layout.gpus <= gpus and layout.stages <= cost.units:
                     yield from _orders(layout, machine)
 
@@ -476,7 +511,7 @@ def layouts(cost: Cost, gpus: int, images: int, machine: Machine) -> Iterator[La
 def _orders(layout: Layout, machine: Machine) -> Iterator[Layout]:
     seen = set()
     for order in permutations(AXES[:-1]):  # the first is xDiT's
-        placed = Layout(layout.data, layout.sequence, layout.stages, (*order, "data"))
+        placed = replace(layout, order=(*order, "data"))
         crossing = frozenset(placed.crossing(machine))
         if crossing not in seen:
             seen.add(crossing)
@@ -493,10 +528,19 @@ def rank_layouts(
     return sorted(predictions, key=lambda prediction: (prediction.seconds, prediction.layout.gpus))
 
 
-def best(predictions: Sequence[Prediction]) -> Prediction:
-    """The best that is exact where its plan is FULL; there is one, since the pair of branches is."""
+def best(predictions: Sequence[Prediction], may_ring: bool = True) -> Prediction:
+    """The best that is exact where its plan is FULL; there is one, since the pair of branches is.
+
+    Args:
+        predictions: of `rank_layouts`.
+        may_ring: whether ring attention may be chosen.
+    """
     exact = (prediction for prediction in predictions if prediction.layout.stages in CHOSEN_STAGES)
-    return next(prediction for prediction in exact if prediction.layout.is_available)
+    return next(
+        prediction
+        for prediction in exact
+        if prediction.layout.is_available and (may_ring or prediction.layout.ring == 1)
+    )
 
 
 def table(predictions: Sequence[Prediction], machine: Machine) -> str:

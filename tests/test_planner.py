@@ -86,7 +86,7 @@ def test_a_split_sequence():
     # Of 100 tokens a rank of 4 has 15 + 40 = 55: 22 GFLOP but for the attention, which here is nothing.
     assert COST.flops_of(4) == pytest.approx(22e9)
     # An attention: (4 * 15 + 2 * 40) tokens of 8 bytes = 1120 bytes; and the prediction once. 3/4 of it is sent.
-    assert COST.exchanged(4) == pytest.approx(2 * 1120 + 10_000)
+    assert COST.exchange(4, 1).packed == pytest.approx(2 * 1120 + 10_000)
     # 9 exchanges: 0.9 ms + 9180 bytes, 0.00918 ms. Boundaries: 55 of 100 tokens.
     work = 2 + 22 + 0.9 + 0.00918
     expected = 6 * (work + 0.11) + 3 * (work * 0.75 + 0.11) + 2 * (0.1 + 0.055) + 10
@@ -109,6 +109,26 @@ def test_what_a_split_sequence_exchanges_is_packed():
     more = seconds(Layout(sequence=4), Plan.parse("F"), speed=slow) - seconds(Layout(sequence=4), Plan.parse("F"))
     assert more == pytest.approx(12.24e-3)
     assert seconds(Layout(), speed=slow) == seconds(Layout())
+
+
+def test_a_split_by_ring_attention():
+    # An attention: 3 times the keys and values of 15 tokens of 8 bytes, 240 bytes; 4 outputs of 55 tokens are merged.
+    found = COST.exchange(4, 4)
+    assert found == pytest.approx((2 * 3 + 1, 2 * 3 * 240 + 7500, 10_000, 2 * 4 * 55 * 8))
+    merging = replace(SPEED, merging=1e6)
+    work = 2 + 22 + 0.7 + 8940 / 1e6 + 3.52
+    expected = work + 0.11 + 1
+    assert seconds(Layout(sequence=4, ring=4), Plan.parse("F"), speed=merging) == pytest.approx(expected / 1e3)
+    assert Layout(sequence=4, ring=4).flags() == ["--ring_degree", "4"]
+
+
+def test_a_split_by_both():
+    # Two Ulysses ranks hold half of the heads of 30 tokens: 1120 bytes an attention, half of which are sent; then
+    # once the keys and values, 240 bytes; two outputs of (15 + 20) tokens' worth.
+    assert COST.exchange(4, 2) == pytest.approx((8 + 2 + 1, 1120 + 7500 + 480, 12_240, 2 * 2 * 35 * 8))
+    layout = Layout(sequence=4, ring=2)
+    assert layout.gpus == 8
+    assert layout.flags() == ["--ulysses_degree", "2", "--ring_degree", "2"]
 
 
 def test_layer_stages():
@@ -186,17 +206,25 @@ def test_layouts_of_a_node():
 
 def test_layouts_past_a_node_say_what_crosses():
     cost = replace(COST, image=64, heads=8)
-    sixteen = [x for x in planner.layouts(cost, 16, 1, MACHINE) if (x.sequence, x.stages) == (8, 2)]
+    sixteen = [x for x in planner.layouts(cost, 16, 1, MACHINE) if (x.sequence, x.stages, x.ring) == (8, 2, 1)]
     assert [x.crossing(MACHINE) for x in sixteen] == [("branch",), ("sequence",)]
     assert [x.is_available for x in sixteen] == [True, False]
 
 
 def test_the_best_is_the_best_that_runs():
-    ranked = planner.rank_layouts(replace(COST, image=64, heads=8), SPEED, MACHINE, PLAN, 8)
+    slow = replace(SPEED, merging=1e6)
+    ranked = planner.rank_layouts(replace(COST, image=64, heads=8), slow, MACHINE, PLAN, 8)
     assert [x.seconds for x in ranked] == sorted(x.seconds for x in ranked)
     assert ranked[0].layout.stages > 2  # which is for the user to want
     assert planner.best(ranked).layout == Layout(sequence=4)
     assert planner.best(ranked).layout.flags() == ["--ulysses_degree", "4"]
+
+
+def test_ring_attention_is_chosen_where_heads_do_not_divide():
+    ranked = planner.rank_layouts(replace(COST, image=64, heads=6), SPEED, MACHINE, PLAN, 8)
+    assert planner.best(ranked).layout.flags() == ["--ring_degree", "4"]
+    assert planner.best(ranked, may_ring=False).layout.flags() == ["--ulysses_degree", "2"]
+    assert {(x.layout.sequence, x.layout.ring) for x in ranked} == {(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)}
 
 
 def test_stages_are_chosen_where_they_may_be(monkeypatch):

@@ -121,12 +121,13 @@ def test_every_rank_raises_the_same_error(run, case, words):
     assert case != "drift" or f"at step {4 if stages == 2 else 6} " in error
 
 
-def test_float32_is_refused_where_the_attention_does_not_take_it(monkeypatch):
+def test_what_the_attention_does_not_take_is_refused(monkeypatch):
     from hybridiff_xdit.xdit import sequence
 
     backends = sequence.AttentionBackendType
     state = SimpleNamespace(attention_backend=backends.CUDNN)
     monkeypatch.setattr(sequence, "get_runtime_state", lambda: state)
+    monkeypatch.setattr(sequence, "get_ring_parallel_world_size", lambda: 1)
     gpu = torch.device("cuda")
     with pytest.raises(ValueError, match=r"float32, which xDiT's attention CUDNN .* --attention_backend sdpa"):
         sequence.check_attention(gpu, torch.float32)
@@ -134,3 +135,6 @@ def test_float32_is_refused_where_the_attention_does_not_take_it(monkeypatch):
     sequence.check_attention(torch.device("cpu"), torch.float32)
     state.attention_backend = backends.SDPA
     sequence.check_attention(gpu, torch.float32)
+    monkeypatch.setattr(sequence, "get_ring_parallel_world_size", lambda: 2)
+    with pytest.raises(ValueError, match=r"ring attention .* --attention_backend sdpa_flash"):
+        sequence.check_attention(gpu, torch.float16)

@@ -127,6 +127,7 @@ LEDGER = (
         _NEVER,
     ),
     Seam(_GROUPS, "get_cfg_group", (), "the group of two that hybrid-cond runs on", _NEVER),
+    Seam(_GROUPS, "get_ring_parallel_world_size", (), "ring attention is refused where it cannot be", _NEVER),
     Seam(_GROUPS, "get_sp_group", (), "the group that splits a branch's tokens", _NEVER),
     Seam(
         _USP,
@@ -141,6 +142,7 @@ LEDGER = (
     Seam(_GROUPS + ".group_coordinator", "HAS_LONG_CTX_ATTN", None, "set where there is no GPU", _CPU),
     Seam(_ATTENTION, "ATTENTION_FUNCTION_REGISTRY", None, "SDPA_FLASH replaced where there is no GPU", _CPU),
     Seam(_ATTENTION, "AttentionBackendType.SDPA_FLASH", None, "the same", _CPU),
+    Seam(_ATTENTION, "AttentionBackendType", None, "which attention it is", _NEVER),
     Seam(_ATTENTION, "AttentionBackendType.SDPA", None, "it takes float32, as two others", _NEVER),
     Seam(_ATTENTION, "AttentionBackendType.SDPA_MATH", None, "the same", _NEVER),
     Seam(_ATTENTION, "AttentionBackendType.SDPA_EFFICIENT", None, "the same", _NEVER),

@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from .. import planner
 from ..checkpoints import resolve
 from ..config import TOLERANCE, HybridConfig
@@ -180,12 +182,15 @@ def choose_layout(args: argparse.Namespace, gpus: int, device: str) -> tuple[lis
     cost = planner.cost_of(checkpoint, args.height or checkpoint.size, args.width or checkpoint.size)
     speed, source = planner.speed_of(cost.kind, device)
     plan = planner.expected_plan(config, args.num_inference_steps or checkpoint.steps)
-    best = planner.best(planner.rank_layouts(cost, speed, planner.Machine(), plan, gpus, images))
+    predictions = planner.rank_layouts(cost, speed, planner.Machine(), plan, gpus, images)
+    # Ring attention merges what xDiT's own choice on these GPUs returns (flash or cuDNN's attention); not all do.
+    best = planner.best(predictions, may_ring=args.attention_backend is None and torch.version.hip is None)
     flags = best.layout.flags()
     line = (
         f"of {gpus} GPUs {best.layout.gpus} are used ({' '.join(flags) or 'a branch each'}): the fastest for "
         f"{images} picture{'s' * (images > 1)} at a time, {best.seconds:.2g} s each by the planner with an {source}'s "
-        "figures. Give --data_parallel_degree or --ulysses_degree to choose; `xdit-hybrid plan` shows the rest."
+        "figures. Give --data_parallel_degree, --ulysses_degree or --ring_degree to choose; `xdit-hybrid plan` shows "
+        "the rest."
     )
     return flags, line
 

@@ -10,7 +10,7 @@ from .compat import import_xfuser
 
 import_xfuser()
 
-from xfuser.core.distributed import get_runtime_state, get_sp_group  # noqa: E402
+from xfuser.core.distributed import get_ring_parallel_world_size, get_runtime_state, get_sp_group  # noqa: E402
 from xfuser.core.distributed.attention_backend import AttentionBackendType  # noqa: E402
 from xfuser.model_executor.layers.usp import USP  # noqa: E402
 
@@ -28,13 +28,20 @@ def check_attention(device: torch.device, dtype: torch.dtype) -> None:
     """Check that xDiT's attention can work on a denoiser's tokens.
 
     Raises:
-        ValueError: they are float32, on a GPU, and the attention takes half precision alone.
+        ValueError: they are float32, on a GPU, and the attention takes half precision alone; or ring attention is to
+            merge its outputs, and it gives no more than these.
     """
-    backend = get_runtime_state().attention_backend
+    backend, is_ring = get_runtime_state().attention_backend, get_ring_parallel_world_size() > 1
+    if backend == AttentionBackendType.SDPA and is_ring:
+        raise ValueError(
+            "hybrid-cond: ring attention cannot merge what xDiT's attention SDPA returns: add --attention_backend "
+            "sdpa_flash, or split the tokens by --ulysses_degree."
+        )
     if device.type == "cuda" and dtype == torch.float32 and backend not in _TAKE_FLOAT32:
         raise ValueError(
             f"hybrid-cond: the denoiser is float32, which xDiT's attention {backend.name} does not take: load it with "
-            "torch_dtype=torch.float16 or bfloat16, or add --attention_backend sdpa."
+            "torch_dtype=torch.float16 or bfloat16, or add --attention_backend sdpa"
+            f"{' and split the tokens by --ulysses_degree alone' if is_ring else ''}."
         )
 
 
