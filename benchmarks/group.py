@@ -117,14 +117,18 @@ def xdit_config(**flags: Any) -> Any:
     return engine_config
 
 
+#: That may split a branch, in xDiT's order.
+AXES = ("ulysses", "ring", "stages")
+
+
 def branches(ways: Collection[str]) -> int:
     """That have ranks, of a strategy run in these ways (`run.py`)."""
     return 1 if "rank 0" in ways or "rank 1" in ways else 2
 
 
 def degrees(ways: Collection[str], processes: int) -> dict[str, int]:
-    """Ranks of a branch along each of the axes that split it, in xDiT's order: all along one; of several, two each."""
-    axes = [axis for axis in ("ulysses", "ring", "stages") if axis in ways]
+    """Ranks of a branch along each of the `AXES` that split it: all along one; of several, two each."""
+    axes = [axis for axis in AXES if axis in ways]
     return dict.fromkeys(axes, processes // branches(ways) if len(axes) == 1 else 2)
 
 
@@ -139,7 +143,7 @@ def split_branches(
     """
     if not degrees:
         return None, None
-    ulysses, ring, layers = (degrees.get(axis, 1) for axis in ("ulysses", "ring", "stages"))
+    ulysses, ring, layers = (degrees.get(axis, 1) for axis in AXES)
     sequence = None
     if ulysses * ring > 1:
         flags = dict(ulysses_degree=ulysses, ring_degree=ring, pipefusion_parallel_degree=layers)

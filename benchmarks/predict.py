@@ -56,7 +56,7 @@ def prediction(line: dict) -> float:
         return one_gpu(cost, speed, line["steps"])
     _, *ways = line["strategy"].split(", ")
     pictures, degrees = line.get("pictures", 1), group.degrees(ways, len(line["peak_memory"]))
-    ulysses, ring, layers = (degrees.get(axis, 1) for axis in ("ulysses", "ring", "stages"))
+    ulysses, ring, layers = (degrees.get(axis, 1) for axis in group.AXES)
     layout = Layout(pictures, ulysses * ring, 2 * layers, ring=ring)
     return predict(cost, speed, Machine(), Plan.parse(line["plan"]), layout, pictures).seconds
 

@@ -342,8 +342,8 @@ def calibrate(checkpoint: Checkpoint, height: int, width: int, device: torch.dev
         for size in (half, whole):
             inputs = branch_inputs(checkpoint.denoiser, *size, dtype=dtype, device=device)
             points.append(Point(sum(anatomy.partition(inputs).flops), seconds(inputs)))
-    stored = SPEEDS["H100"][_kind(anatomy)]
-    return Speed.through(*points, **{name: getattr(stored, name) for name in ("step", "skew", "packing", "merging")})
+    line = Speed.through(*points)
+    return replace(SPEEDS["H100"][_kind(anatomy)], fixed=line.fixed, rate=line.rate)
 
 
 def _latents(checkpoint: Checkpoint, height: int, width: int) -> tuple[int, int]:
