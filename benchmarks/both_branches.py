@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from hybridiff_xdit.comm import Comm
-from hybridiff_xdit.executor import Executor
-from hybridiff_xdit.graphs import Graphs
-from hybridiff_xdit.hybrid import denoiser_of
-from hybridiff_xdit.partition import read
+from hybridiff_xdit.evaluate.graphs import Graphs
+from hybridiff_xdit.evaluate.stages.executor import Executor
+from hybridiff_xdit.evaluate.stages.families import read
+from hybridiff_xdit.ranks.comm import Comm
+from hybridiff_xdit.seam.hooks import denoiser_of
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from hybridiff_xdit.comm import Comm, Gathering, Transfer
-from hybridiff_xdit.sequence import SequenceSplit
+from hybridiff_xdit.evaluate.tokens import SequenceSplit
+from hybridiff_xdit.ranks.comm import Comm, Gathering, Transfer
 from hybridiff_xdit.xdit.compat import import_xfuser
 
 

@@ -14,9 +14,9 @@ import group
 import torch
 from scenarios import SCENARIOS
 
-from hybridiff_xdit.denoisers import branch_inputs, build
-from hybridiff_xdit.plan import Plan
 from hybridiff_xdit.planner import Cost, Layout, Machine, one_gpu, predict, speed_of
+from hybridiff_xdit.planner.denoisers import branch_inputs, build
+from hybridiff_xdit.schedule.plan import Plan
 
 
 def table(lines: list[dict]) -> str:

@@ -35,9 +35,10 @@ from measures import Judge, psnr
 from torch import Tensor
 
 from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
-from hybridiff_xdit.comm import Solo
 from hybridiff_xdit.config import TOLERANCE
-from hybridiff_xdit.plan import DEFAULT_KINDS, PAPER_PRESETS
+from hybridiff_xdit.ranks.comm import Solo
+from hybridiff_xdit.schedule.paper import PAPER_PRESETS
+from hybridiff_xdit.schedule.plan import DEFAULT_KINDS
 
 PROMPTS = Path(__file__).parent / "models" / "prompts.txt"
 SHOWN = (15, 16, 45, 47)  # prompts whose pictures are kept for the strip

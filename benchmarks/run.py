@@ -60,10 +60,11 @@ import torch.distributed as dist
 from both_branches import both_branches
 from scenarios import SCENARIOS
 
-from hybridiff_xdit import HybridConfig, apply_hybrid, hybrid, last_report, remove_hybrid
-from hybridiff_xdit.comm import Comm
-from hybridiff_xdit.graphs import Graphs
-from hybridiff_xdit.hybrid import denoiser_of
+from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
+from hybridiff_xdit.evaluate.graphs import Graphs
+from hybridiff_xdit.ranks.comm import Comm
+from hybridiff_xdit.seam import hooks
+from hybridiff_xdit.seam.hooks import denoiser_of
 
 CONFIGS: dict[str, HybridConfig | None] = {
     "one-gpu": None,
@@ -192,13 +193,13 @@ class Strategy(NamedTuple):
         layers = self.degrees.get("stages", 1)
         config = replace(self.config, cuda_graphs="eager" not in self.ways, stages=2 * layers)
         is_alone = self.alone is not None
-        alone = partial(group.Alone, self.alone) if is_alone else hybrid.Solo
+        alone = partial(group.Alone, self.alone) if is_alone else hooks.Solo
         comm = group.ThroughHost if group.gpus_are_shared() else Comm
-        with mock.patch.multiple(hybrid, Solo=alone, Comm=comm):
+        with mock.patch.multiple(hooks, Solo=alone, Comm=comm):
             sequence, ranks = group.split_branches(pipe, self.degrees, group.branches(self.ways))
             apply_hybrid(pipe, config, group=ranks or place.pair, sequence=sequence, model=name, simulate=is_alone)
         try:
-            yield getattr(pipe, hybrid._SESSION).graphs
+            yield getattr(pipe, hooks._SESSION).graphs
         finally:
             remove_hybrid(pipe)
 

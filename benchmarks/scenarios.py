@@ -28,8 +28,8 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from hybridiff_xdit.denoisers import SD3_MEDIUM, SD35_LARGE, SDXL, build
-from hybridiff_xdit.hybrid import denoiser_of
+from hybridiff_xdit.planner.denoisers import SD3_MEDIUM, SD35_LARGE, SDXL, build
+from hybridiff_xdit.seam.hooks import denoiser_of
 
 # Text encoders and VAE of SDXL and SD3: the settings that are not the class's defaults.
 CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)

@@ -13,7 +13,7 @@ import diffusers
 import torch
 import torch.distributed as dist
 
-from hybridiff_xdit.graphs import Graphs
+from hybridiff_xdit.evaluate.graphs import Graphs
 
 
 class Sample(NamedTuple):

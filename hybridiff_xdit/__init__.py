@@ -6,12 +6,20 @@ the guidance is estimated; a SKIPPED step evaluates nothing, and both prediction
 the estimates are measured to miss decides when. Method: arXiv 2602.21760; SKIPPED steps, the estimates and the adaptive
 policy are ours.
 
-Reading order: discrepancy, sampler, plan, guidance, adaptive, policies, partition, comm, executor, sequence,
-agreement, encoding, hybrid; denoisers, checkpoints, planner for what a layout of GPUs would bring; then xdit/ for the
-strategy in xDiT.
+Folders, from bottom to top, which is the order to read them in (within one, the order is that of the names here):
+
+* `trees`: nests of tensors;
+* `ranks`: comm, agreement;
+* `schedule`, which kind a step is: discrepancy, sampler, plan, fixed, paper, adaptive, policies;
+* `estimates`, what stands for a prediction that is not evaluated: base, published, reuse, deferred, rules;
+* `evaluate`: graphs, tokens, and `stages`: cuts, anatomy, blocks, unet, families, executor;
+* `config` and `report`;
+* `planner`, what a layout of GPUs would bring: denoisers, cost, layouts;
+* `seam`, where a diffusers pipeline is met: encoding, hooks, checkpoints;
+* `xdit`: the strategy in xDiT.
 """
 
 from .config import HybridConfig
-from .hybrid import apply_hybrid, last_report, remove_hybrid
+from .seam.hooks import apply_hybrid, last_report, remove_hybrid
 
 __all__ = ["HybridConfig", "apply_hybrid", "last_report", "remove_hybrid"]

@@ -4,9 +4,9 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from .guidance import RULES
-from .plan import SKIPPED, Plan
-from .policies import POLICIES
+from .estimates.rules import RULES
+from .schedule.plan import SKIPPED, Plan
+from .schedule.policies import POLICIES
 
 _PAPER_ONLY = ("interval", "slope_window", "slope_threshold", "tau_cap")
 

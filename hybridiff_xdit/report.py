@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .plan import Phase, Plan, StepKind
+from .schedule.plan import Phase, Plan, StepKind
 
 #: Colour of each kind of work in the plan's picture (of stages: by branch of the rank), of each phase behind the curve.
 _COLOURS = {"uncond": "#4c72b0", "cond": "#dd8452", "-": "#eeeeee"}

@@ -116,7 +116,7 @@ def waiting_at_once() -> Iterator[None]:
 
     As where one communicator serves all of a rank's transfers, in the order in which the rank issued them.
     """
-    from hybridiff_xdit.comm import Comm
+    from hybridiff_xdit.ranks.comm import Comm
 
     send, gather = Comm.send, Comm.gather
 
@@ -159,9 +159,9 @@ def _serve(pipe: Any, rank: int, size: int, kind: str, store: str, timeout: floa
         timeout=timedelta(seconds=timeout),
     )
     if is_shared:
-        from hybridiff_xdit import hybrid
+        from hybridiff_xdit.seam import hooks
 
-        hybrid.Comm = group.ThroughHost
+        hooks.Comm = group.ThroughHost
     while True:
         try:
             path, name, args = pickle.loads(pipe.recv_bytes())

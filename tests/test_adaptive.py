@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridiff_xdit.adaptive import LONGEST_GROUP, AdaptivePolicy, _law
-from hybridiff_xdit.discrepancy import Trial
-from hybridiff_xdit.plan import FULL, Plan
-from hybridiff_xdit.sampler import Sampler
+from hybridiff_xdit.schedule.adaptive import LONGEST_GROUP, AdaptivePolicy, _law
+from hybridiff_xdit.schedule.discrepancy import Trial
+from hybridiff_xdit.schedule.plan import FULL, Plan
+from hybridiff_xdit.schedule.sampler import Sampler
 
 STEPS = (20, 28, 50)
 KINDS = ("FPS", "FP", "FS")

@@ -7,7 +7,7 @@ import tiny
 import torch
 from both_branches import both_branches
 
-from hybridiff_xdit.comm import Comm, Solo
+from hybridiff_xdit.ranks.comm import Comm, Solo
 
 WARM_UP = 3
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hybridiff_xdit.comm import checksum
+from hybridiff_xdit.ranks.comm import checksum
 
 FLOATS = torch.arange(12, dtype=torch.float32).view(3, 4)
 NESTS = {

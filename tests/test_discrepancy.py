@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridiff_xdit.discrepancy import SlopeDetector, rel_mae
+from hybridiff_xdit.schedule.discrepancy import rel_mae
+from hybridiff_xdit.schedule.paper import SlopeDetector
 
 SDXL = dict(window=12, threshold=4e-4)
 SD3 = dict(window=15, threshold=5e-4)

@@ -30,7 +30,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from hybridiff_xdit import HybridConfig, apply_hybrid, executor, last_report, remove_hybrid
+from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
+from hybridiff_xdit.evaluate.stages import executor
 
 PLAN = "FFPPFPF"
 #: What the rule ``deferred`` is given in place of each plan.

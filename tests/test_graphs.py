@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from hybridiff_xdit import HybridConfig, apply_hybrid, graphs, remove_hybrid
-from hybridiff_xdit.graphs import MOST_FIRST_CALLS, MOST_KEYS, Graphs, release_before_groups
-from hybridiff_xdit.partition import map_tensors, tensors_of
+from hybridiff_xdit import HybridConfig, apply_hybrid, remove_hybrid
+from hybridiff_xdit.evaluate import graphs
+from hybridiff_xdit.evaluate.graphs import MOST_FIRST_CALLS, MOST_KEYS, Graphs, release_before_groups
+from hybridiff_xdit.trees import map_tensors, tensors_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hybridiff_xdit.guidance import RULES
-from hybridiff_xdit.sampler import Sampler
+from hybridiff_xdit.estimates.rules import RULES
+from hybridiff_xdit.schedule.sampler import Sampler
 
 SHAPE = (2, 4, 6, 6)
 TIMES = (1000.0, 900.0, 760.0, 640.0, 555.0, 470.0, 390.0, 210.0, 100.0, 30.0)

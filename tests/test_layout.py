@@ -5,42 +5,22 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hybridiff_xdit"
 SOURCES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
 
-#: What each module of the core may import from the package: nothing that stands to its right in design.md's picture.
-MAY_IMPORT = {
-    "discrepancy": set(),
-    "sampler": set(),
-    "plan": {"discrepancy", "sampler"},
-    "guidance": {"discrepancy", "sampler"},
-    "adaptive": {"discrepancy", "sampler", "plan"},
-    "policies": {"plan", "adaptive", "sampler"},
-    "config": {"plan", "guidance", "policies"},
-    "partition": set(),
-    "comm": {"partition"},
-    "agreement": {"partition", "comm"},
-    "encoding": {"partition", "comm", "agreement"},
-    "sequence": {"partition", "comm"},
-    "graphs": {"partition"},
-    "executor": {"partition", "comm", "graphs", "plan"},
-    "report": {"plan"},
-    "hybrid": {
-        *("discrepancy", "sampler", "plan", "guidance", "policies", "config"),
-        *("partition", "comm", "agreement", "encoding", "sequence", "graphs", "executor", "report"),
-    },
-    "denoisers": set(),
-    "checkpoints": {"denoisers"},
-    "planner": {"plan", "config", "partition", "graphs", "denoisers", "checkpoints"},
-}
+#: Files and folders of the package, from bottom to top: what stands in one may import what stands in those before it.
+#: `planner` stands before `seam` because the known checkpoints are made of its configurations of denoisers.
+ROOMS = ("trees", "ranks", "schedule", "estimates", "evaluate", "config", "report", "planner", "seam", "xdit")
 
-#: What a module may name in annotations only (``if TYPE_CHECKING``), against the direction.
-MAY_NAME = {"policies": {"config"}}
+#: The doors import from the top: the package's own names, and one line that calls xdit/.
+DOORS = ("__init__", "launch")
+
+#: Which room may name which in annotations only (``if TYPE_CHECKING``), against the direction.
+MAY_NAME = {("schedule", "config"), ("planner", "seam")}
 
 
 def is_for_types(node: ast.AST) -> bool:
@@ -80,54 +60,53 @@ def called(source: str) -> set[str]:
     return {getattr(function, "attr", getattr(function, "id", "")) for function in functions}
 
 
-def test_every_module_has_its_place():
-    top = {name.removesuffix(".py") for name in SOURCES if "/" not in name}
-    assert top == MAY_IMPORT.keys() | {"__init__", "launch"}  # launch is a door: one line that calls xdit/
+def room(name: str) -> str:
+    """First part of a path or of a module's name below the package."""
+    return name.removesuffix(".py").replace("/", ".").split(".")[0]
 
 
-def own(module: str, for_types: bool = False) -> set[str]:
-    names = imports_any(f"{module}.py", "hybridiff_xdit", for_types=for_types)
-    return {name.split(".")[1] for name in names if "." in name}
+def rooms_imported(source: str, for_types: bool = False) -> set[str]:
+    names = imports_any(source, "hybridiff_xdit", for_types=for_types)
+    return {room(name.removeprefix("hybridiff_xdit.")) for name in names if "." in name} & {*ROOMS, *DOORS}
 
 
-@pytest.mark.parametrize("module", MAY_IMPORT)
-def test_imports_go_one_way(module):
-    assert own(module) <= MAY_IMPORT[module]
-    assert own(module, for_types=True) <= MAY_IMPORT[module] | MAY_NAME.get(module, set())
+def test_imports_go_one_way():
+    assert set(map(room, SOURCES)) == {*ROOMS, *DOORS}
+    against = set()
+    for source in SOURCES:
+        if (at := room(source)) not in DOORS:
+            higher = {*ROOMS[ROOMS.index(at) + 1 :], *DOORS}
+            against |= {(source, other) for other in rooms_imported(source) & higher}
+            named = rooms_imported(source, for_types=True) & higher
+            against |= {(source, other) for other in named if (at, other) not in MAY_NAME}
+    assert not against
 
 
-def test_the_map_itself_goes_one_way():
-    placed: set[str] = set()
-    while ready := {module for module, needs in MAY_IMPORT.items() if module not in placed and needs <= placed}:
-        placed |= ready
-    assert placed == MAY_IMPORT.keys()
+def test_no_modules_import_each_other():
+    modules = {f"hybridiff_xdit.{source.removesuffix('.py').replace('/', '.')}": source for source in SOURCES}
+    needs = {module: imports(source) & modules.keys() for module, source in modules.items()}
+    TopologicalSorter(needs).prepare()  # raises CycleError
 
 
-@pytest.mark.parametrize("module", ["discrepancy", "plan", "adaptive", "policies", "sampler"])
-def test_decisions_are_made_of_floats_only(module):
-    assert not imports_any(f"{module}.py", "torch.distributed", "diffusers", "xfuser")
+def test_decisions_are_made_of_floats_only():
+    outside = ("torch.distributed", "diffusers", "xfuser", "hybridiff_xdit.ranks")
+    assert not {name for source in SOURCES if room(source) == "schedule" for name in imports_any(source, *outside)}
 
 
-@pytest.mark.parametrize("source", sorted(SOURCES))
-def test_only_xdit_imports_xfuser(source):
-    if not source.startswith("xdit/"):
-        assert not imports_any(source, "xfuser")
-        if source != "launch.py":
-            assert not imports_any(source, "hybridiff_xdit.xdit")
+def test_only_xdit_imports_xfuser():
+    assert {room(source) for source in SOURCES if imports_any(source, "xfuser")} == {"xdit"}
+    assert {room(source) for source in SOURCES if imports_any(source, "hybridiff_xdit.xdit")} == {"xdit", "launch"}
 
 
-@pytest.mark.parametrize("source", sorted(SOURCES))
-def test_nothing_prints(source):
-    if source != "xdit/cli.py":
-        assert "print" not in called(source)
+def test_nothing_prints():
+    assert {source for source in SOURCES if "print" in called(source)} == {"xdit/cli.py"}
 
 
-@pytest.mark.parametrize("source", sorted(SOURCES))
-def test_no_cuda_event_and_no_synchronize(source):
+def test_no_cuda_event_and_no_synchronize():
     # But for two: measurements are waited for by themselves, which leaves the GPU the steps that are queued behind; and
     # units are timed before the first run.
-    allowed = {"Event", "synchronize"} if source in ("hybrid.py", "graphs.py") else set()
-    assert not called(source) & {"synchronize", "Event"} - allowed
+    waiting = {source for source in SOURCES if called(source) & {"synchronize", "Event"}}
+    assert waiting == {"seam/hooks.py", "evaluate/graphs.py"}
 
 
 def test_importing_the_package_does_not_import_xfuser():

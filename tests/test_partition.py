@@ -15,10 +15,11 @@ from diffusers import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from hybridiff_xdit.denoisers import SD3_MEDIUM, SD35_MEDIUM, SDXL, build
-from hybridiff_xdit.hybrid import denoiser_of
-from hybridiff_xdit.partition import modules_of, read
-from hybridiff_xdit.sequence import SequenceSplit
+from hybridiff_xdit.evaluate.stages.families import read
+from hybridiff_xdit.evaluate.tokens import SequenceSplit
+from hybridiff_xdit.planner.denoisers import SD3_MEDIUM, SD35_MEDIUM, SDXL, build
+from hybridiff_xdit.seam.hooks import denoiser_of
+from hybridiff_xdit.trees import modules_of
 
 
 def random(*shape: int, device: str = "cpu") -> torch.Tensor:

@@ -3,8 +3,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridiff_xdit import HybridConfig
-from hybridiff_xdit.plan import FULL, PAPER_PRESETS, PIPELINED, SKIPPED, PaperConstants, PaperPolicy, Phase, Plan
-from hybridiff_xdit.policies import make_policy
+from hybridiff_xdit.schedule.paper import PAPER_PRESETS, PaperConstants, PaperPolicy
+from hybridiff_xdit.schedule.plan import FULL, PIPELINED, SKIPPED, Phase, Plan
+from hybridiff_xdit.schedule.policies import make_policy
 
 PLANS = st.builds(lambda tail: Plan.parse("F" + tail), st.text("FPS", max_size=60))
 SMALL = PaperConstants(slope_window=2, slope_threshold=0.01, interval=3, tau_cap=8)

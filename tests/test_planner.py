@@ -14,10 +14,10 @@ from nursery import ENV
 from scenarios import SCENARIOS
 
 from hybridiff_xdit import HybridConfig, planner
-from hybridiff_xdit.checkpoints import resolve
-from hybridiff_xdit.denoisers import branch_inputs, build
-from hybridiff_xdit.plan import Plan
 from hybridiff_xdit.planner import Cost, Layout, Link, Machine, Point, Speed, predict
+from hybridiff_xdit.planner.denoisers import branch_inputs, build
+from hybridiff_xdit.schedule.plan import Plan, StepKind
+from hybridiff_xdit.seam.checkpoints import resolve
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -194,19 +194,19 @@ def test_the_network_is_paid_for():
 
 def test_layouts_of_a_node():
     cost = replace(COST, heads=12, image=64)
-    found = {(x.data, x.sequence, x.stages) for x in planner.layouts(cost, 8, 3, MACHINE)}
+    found = {(x.data, x.sequence, x.stages) for x in planner.every_layout(cost, 8, 3, MACHINE)}
     # No 3 ranks a sequence, since 64 tokens cannot be split so. 3 groups are no node's 4, and fit in 6 GPUs.
     one = {(1, 1, 2), (1, 1, 4), (1, 1, 8), (1, 2, 2), (1, 2, 4), (1, 4, 2)}
     assert found == one | {(2, 1, 2), (2, 1, 4), (2, 2, 2), (3, 1, 2)}
     unet = replace(COST, image=0, text=0, heads=1)
-    assert {x.sequence for x in planner.layouts(unet, 8, 1, MACHINE)} == {1}
-    assert {x.data for x in planner.layouts(cost, 8, 1, MACHINE)} == {1}  # groups without a picture help nobody
-    assert {x.data for x in planner.layouts(cost, 64, 5, MACHINE)} == {1, 2, 3, 5}  # 4 have no fewer each than 3
+    assert {x.sequence for x in planner.every_layout(unet, 8, 1, MACHINE)} == {1}
+    assert {x.data for x in planner.every_layout(cost, 8, 1, MACHINE)} == {1}  # groups without a picture help nobody
+    assert {x.data for x in planner.every_layout(cost, 64, 5, MACHINE)} == {1, 2, 3, 5}  # 4 have no fewer each than 3
 
 
 def test_layouts_past_a_node_say_what_crosses():
     cost = replace(COST, image=64, heads=8)
-    sixteen = [x for x in planner.layouts(cost, 16, 1, MACHINE) if (x.sequence, x.stages, x.ring) == (8, 2, 1)]
+    sixteen = [x for x in planner.every_layout(cost, 16, 1, MACHINE) if (x.sequence, x.stages, x.ring) == (8, 2, 1)]
     assert [x.crossing(MACHINE) for x in sixteen] == [("branch",), ("sequence",)]
     assert [x.is_available for x in sixteen] == [True, False]
 
@@ -228,7 +228,7 @@ def test_ring_attention_is_chosen_where_heads_do_not_divide():
 
 
 def test_stages_are_chosen_where_they_may_be(monkeypatch):
-    monkeypatch.setattr(planner, "CHOSEN_STAGES", (2, 4, 8))
+    monkeypatch.setattr("hybridiff_xdit.planner.layouts.CHOSEN_STAGES", (2, 4, 8))
     best = planner.best(planner.rank_layouts(COST, SPEED, MACHINE, Plan.parse(10 * str(PLAN)), 8))
     assert best.layout.flags() == ["--hybrid_stages", "8"]
 
@@ -248,7 +248,7 @@ def test_stages_are_chosen_where_they_may_be(monkeypatch):
 )
 def test_expected_plans(config, counts):
     plan = planner.expected_plan(HybridConfig(**config), 50)
-    assert tuple(map(plan.count, planner.StepKind)) == counts
+    assert tuple(map(plan.count, StepKind)) == counts
     assert str(plan)[0] == "F"
     if "speedup" in config:
         assert plan.speedup_bound() == pytest.approx(config["speedup"])
@@ -348,7 +348,7 @@ def test_calibration_times_two_sizes(monkeypatch):
             runs.append(self.run())
             return SimpleNamespace(median=next(times))
 
-    monkeypatch.setattr(planner, "Timer", Timer)
+    monkeypatch.setattr("hybridiff_xdit.planner.cost.Timer", Timer)
     checkpoint = resolve("emoji-sdxl")
     speed = planner.calibrate(checkpoint, 64, 64, torch.device("cpu"))
     assert [run.shape[-1] for run in runs] == [16, 32]
@@ -358,7 +358,7 @@ def test_calibration_times_two_sizes(monkeypatch):
 
 
 def test_calibration_on_a_gpu_times_a_forward_between_two_marks(monkeypatch):
-    calls, times, build = [], iter([0.1, 0.3]), planner.build
+    calls, times = [], iter([0.1, 0.3])
 
     def built(settings):
         denoiser = build(settings)
@@ -372,9 +372,9 @@ def test_calibration_on_a_gpu_times_a_forward_between_two_marks(monkeypatch):
         assert (first, size, last) == ("mark", {0.1: 16, 0.3: 32}[expected], "mark")
         return (expected,)
 
-    monkeypatch.setattr(planner, "build", built)
-    monkeypatch.setattr(planner, "can_capture", lambda device: True)
-    monkeypatch.setattr(planner, "seconds_between", seconds_between)
+    monkeypatch.setattr("hybridiff_xdit.planner.cost.build", built)
+    monkeypatch.setattr("hybridiff_xdit.planner.cost.can_capture", lambda device: True)
+    monkeypatch.setattr("hybridiff_xdit.planner.cost.seconds_between", seconds_between)
     checkpoint = resolve("emoji-sdxl")
     speed = planner.calibrate(checkpoint, 64, 64, torch.device("cpu"))
     small, large = (planner.cost_of(checkpoint, side, side).flops for side in (32, 64))

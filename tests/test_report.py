@@ -9,7 +9,7 @@ import tiny
 from PIL import Image
 
 from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
-from hybridiff_xdit.plan import Plan
+from hybridiff_xdit.schedule.plan import Plan
 
 PLAN = "FFPPPFPFFF"
 REUSE = {"plan": PLAN, "guidance": "reuse"}

@@ -21,7 +21,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from hybridiff_xdit.sampler import read_sampler
+from hybridiff_xdit.schedule.sampler import read_sampler
 
 BETAS = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 FLOW = dict(prediction_type="flow_prediction", use_flow_sigmas=True)

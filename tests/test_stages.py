@@ -16,9 +16,9 @@ from test_report import AGREEMENT
 from test_simulate import off_for_a_step
 
 from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
-from hybridiff_xdit.comm import Comm
-from hybridiff_xdit.partition import read
-from hybridiff_xdit.plan import Plan
+from hybridiff_xdit.evaluate.stages.families import read
+from hybridiff_xdit.ranks.comm import Comm
+from hybridiff_xdit.schedule.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

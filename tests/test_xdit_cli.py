@@ -10,7 +10,7 @@ import pytest
 import xdit_tiny
 
 from hybridiff_xdit import HybridConfig
-from hybridiff_xdit.checkpoints import resolve
+from hybridiff_xdit.seam.checkpoints import resolve
 from hybridiff_xdit.xdit import cli, options, script
 
 

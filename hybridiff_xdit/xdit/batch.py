@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..hybrid import denoiser_of
+from ..seam.hooks import denoiser_of
 
 #: Arguments of a pipeline's call that have an entry a prompt.
 _PER_PROMPT = tuple(f"{negative}{name}" for negative in ("", "negative_") for name in (

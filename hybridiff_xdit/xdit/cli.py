@@ -14,7 +14,8 @@ import sys
 import torch
 
 from .. import HybridConfig, planner
-from ..checkpoints import resolve
+from ..schedule.plan import StepKind
+from ..seam.checkpoints import resolve
 from . import options
 from .compat import count_gpus
 
@@ -77,7 +78,7 @@ def plan(argv: list[str]) -> int:
     best = " ".join(planner.best(predictions).layout.flags())
     print(
         f"{args.model}, {height} x {width} px, pictures: {args.images}, GPUs: up to {gpus}, speed: {source}\n"
-        f"{steps} steps: {', '.join(f'{kinds.count(kind)} {kind.name}' for kind in planner.StepKind)}. "
+        f"{steps} steps: {', '.join(f'{kinds.count(kind)} {kind.name}' for kind in StepKind)}. "
         f"Denoising alone; one GPU takes {planner.one_gpu(cost, speed, steps):.2f} s a picture.\n\n"
         f"{planner.table(predictions[: args.rows], machine)}\n\n"
         f"The best that runs: --parallel hybrid-cond {best}".rstrip()
@@ -90,7 +91,7 @@ def plan_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="xdit-hybrid plan",
         description="Predict every layout of a number of GPUs by a cost model, and print them, best first. Needs no "
-        "GPU and no weights. The equations are in hybridiff_xdit/planner.py.",
+        "GPU and no weights. The equations are in hybridiff_xdit/planner/cost.py.",
     )
     parser.add_argument("--model", required=True, help="as for a run, or sdxl, sd3-medium, sd3.5-medium, sd3.5-large")
     parser.add_argument("--gpus", type=_positive, metavar="N", help="default: those of this machine, or 8")

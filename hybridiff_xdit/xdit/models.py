@@ -13,7 +13,7 @@ import torch.distributed as dist
 from diffusers import DiffusionPipeline
 
 from .. import HybridConfig
-from ..checkpoints import Checkpoint, resolve
+from ..seam.checkpoints import Checkpoint, resolve
 from .compat import has_accelerator
 from .pipelines import HybridStableDiffusion3Pipeline, HybridStableDiffusionXLPipeline, many_pairs
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from .. import planner
-from ..checkpoints import resolve
 from ..config import TOLERANCE, HybridConfig
-from ..guidance import RULES
-from ..policies import POLICIES
+from ..estimates.rules import RULES
+from ..schedule.policies import POLICIES
+from ..seam.checkpoints import resolve
 
 STRATEGIES = ("cfg", "sequence", "pipefusion", "hybrid-cond")
 

@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from .. import HybridConfig, apply_hybrid
-from ..hybrid import denoiser_of
+from ..seam.hooks import denoiser_of
 from .batch import deal
 from .compat import import_xfuser
 from .options import refuse_excluded

@@ -9,7 +9,7 @@ import os
 from typing import Any
 
 from .. import HybridConfig
-from ..checkpoints import resolve
+from ..seam.checkpoints import resolve
 from . import options
 from .compat import count_gpus, has_accelerator, import_xfuser
 

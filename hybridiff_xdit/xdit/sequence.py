@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..comm import Comm
-from ..sequence import Heads, SequenceSplit
+from ..evaluate.tokens import Heads, SequenceSplit
+from ..ranks.comm import Comm
 from .compat import import_xfuser
 
 import_xfuser()

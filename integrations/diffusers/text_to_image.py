@@ -12,7 +12,7 @@ import torch.distributed as dist
 from diffusers import DiffusionPipeline
 
 from hybridiff_xdit import HybridConfig, apply_hybrid, last_report
-from hybridiff_xdit.checkpoints import resolve
+from hybridiff_xdit.seam.checkpoints import resolve
 
 
 def main() -> None:

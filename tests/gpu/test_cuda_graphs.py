@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig
 
 from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
-from hybridiff_xdit.graphs import seconds_between
-from hybridiff_xdit.hybrid import _SESSION
+from hybridiff_xdit.evaluate.graphs import seconds_between
+from hybridiff_xdit.seam.hooks import _SESSION
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

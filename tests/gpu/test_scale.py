@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ranks import Ranks, device
 
 from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
-from hybridiff_xdit.hybrid import _SESSION
+from hybridiff_xdit.seam.hooks import _SESSION
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

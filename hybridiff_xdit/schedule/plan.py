@@ -1,4 +1,4 @@
-"""Which kind is step i? Phases, step kinds, policies, and the plan as data that prints and parses back.
+"""Which kind is step i? Phases, step kinds, what a policy is, and the plan as data that prints and parses back.
 
 A *step* is one denoiser evaluation. A *plan* is the list of step kinds of one run, written as a string with one
 letter a step (``FFFPSF``), or printed as a grid with one row a step and one column a rank.
@@ -6,11 +6,10 @@ letter a step (``FFFPSF``), or printed as a grid with one row a step and one col
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol
 
-from .discrepancy import SlopeDetector, Trial
+from .discrepancy import Trial
 from .sampler import Sampler
 
 
@@ -35,7 +34,6 @@ FULL, PIPELINED, SKIPPED = StepKind
 #: The kinds that a policy which chooses may use, where the user does not say. PIPELINED is not among them: such a step,
 #: whose later stages read what was made of an older input, has been the less close one, and saves half as much.
 DEFAULT_KINDS = "FS"
-
 
 #: With more than two stages, FULL steps at the beginning of a run on which each stage waits for the one before it. Each
 #: takes as long as with two stages. Two are needed to have something old to extrapolate from; four make the pictures
@@ -161,40 +159,6 @@ def synchronous_steps(stages: int, full_steps: int) -> int:
     return min(SYNCHRONOUS_STEPS, full_steps) if stages > 2 else 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class PaperConstants:
-    """Constants of the published switching rule, in steps of the run (arXiv 2602.21760, section 5).
-
-    Attributes:
-        slope_window: ``L``, steps.
-        slope_threshold: ``g``, discrepancy per step.
-        interval: ``k``, length of the PIPELINED window in steps.
-        tau_cap: the latest step at which the window may start.
-    """
-
-    slope_window: int
-    slope_threshold: float
-    interval: int
-    tau_cap: int
-
-    def scaled(self, num_steps: int) -> "PaperConstants":
-        """The same rule for a run of another length: published figures are for 50 steps."""
-        ratio = num_steps / 50
-        return PaperConstants(
-            slope_window=max(1, round(self.slope_window * ratio)),
-            slope_threshold=self.slope_threshold / ratio,
-            interval=max(1, round(self.interval * ratio)),
-            tau_cap=max(1, round(self.tau_cap * ratio)),
-        )
-
-
-#: Published constants at 50 steps, by the family of the denoiser: SDXL (DDIM, w=5) and SD3 (Euler, w=7).
-PAPER_PRESETS = {
-    "unet": PaperConstants(slope_window=12, slope_threshold=4e-4, interval=5, tau_cap=15),
-    "mmdit": PaperConstants(slope_window=15, slope_threshold=5e-4, interval=5, tau_cap=40),
-}
-
-
 class Policy(Protocol):
     """Answers "what kind is step i?" from what has been measured so far, the same on every rank.
 
@@ -236,71 +200,3 @@ class Policy(Protocol):
         Args:
             guidance: ``w - 1``.
         """
-
-
-class FixedPolicy:
-    """The plan that the user gave, whatever is measured."""
-
-    reads_trials = False
-    lag = 0
-    sampler: Sampler | None = None
-    tau_1: int | None = None
-    tau_2: int | None = None
-
-    def __init__(self, plan: Sequence[StepKind]) -> None:
-        self.plan = plan
-        self.may_pipeline = PIPELINED in plan
-
-    def reads_discrepancy(self, step: int) -> bool:
-        return False
-
-    def observe(self, step: int, discrepancy: float, trials: Sequence[Trial] = ()) -> None:
-        pass
-
-    def kind(self, step: int, guidance: float = 1.0) -> StepKind:
-        return self.plan[step]
-
-
-class PaperPolicy:
-    """One window of ``k`` PIPELINED steps, as published (arXiv 2602.21760, section 4.2).
-
-    ``tau_1 = min(tau_1', tau_cap)`` and ``tau_2 = tau_1 + k``. tau_1 is the first PIPELINED step, counted from 0:
-    when the detector fires on the discrepancy of FULL step ``i`` (which has then been evaluated), ``tau_1' = i + 1``.
-
-    Raises:
-        ValueError: the window does not fit the run (``tau_cap + k > num_steps``).
-    """
-
-    reads_trials = False
-    lag = 0  # as published
-    may_pipeline = True
-    sampler: Sampler | None = None
-
-    def __init__(self, num_steps: int, constants: PaperConstants) -> None:
-        if constants.tau_cap + constants.interval > num_steps:
-            raise ValueError(
-                f"tau_cap={constants.tau_cap} + interval={constants.interval} is more than the run's {num_steps} "
-                "steps. Lower --hybrid_tau_cap or --hybrid_interval, raise --num_inference_steps, or use "
-                "--hybrid_policy cfg."
-            )
-        self.constants = constants
-        self.tau_1: int | None = None
-        self._detector = SlopeDetector(constants.slope_window, constants.slope_threshold)
-
-    @property
-    def tau_2(self) -> int | None:
-        return None if self.tau_1 is None else self.tau_1 + self.constants.interval
-
-    def reads_discrepancy(self, step: int) -> bool:
-        # The last step before the cap decides nothing: the window starts after it in any case.
-        return self.tau_1 is None and step + 1 < self.constants.tau_cap
-
-    def observe(self, step: int, discrepancy: float, trials: Sequence[Trial] = ()) -> None:
-        if self._detector.update(step, discrepancy):
-            self.tau_1 = step + 1
-
-    def kind(self, step: int, guidance: float = 1.0) -> StepKind:
-        if self.tau_1 is None and step >= self.constants.tau_cap:
-            self.tau_1 = self.constants.tau_cap
-        in_window = self.tau_1 is not None and self.tau_1 <= step < self.tau_1 + self.constants.interval
-        return PIPELINED if in_window else FULL

@@ -22,20 +22,24 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from .agreement import differing, disagreement, fingerprint
-from .comm import Comm, Solo, checksum
-from .config import HybridConfig
-from .discrepancy import Trial, rel_mae
+from ..config import HybridConfig
+from ..estimates.base import Pair, Rule
+from ..estimates.published import Mixed
+from ..estimates.rules import RULES
+from ..evaluate.graphs import Graphs, release_before_groups
+from ..evaluate.stages.anatomy import Anatomy, Inputs
+from ..evaluate.stages.executor import Branch, Executor
+from ..evaluate.stages.families import read
+from ..evaluate.tokens import SequenceSplit
+from ..ranks.agreement import differing, disagreement, fingerprint
+from ..ranks.comm import Comm, Solo, checksum
+from ..report import write_report
+from ..schedule.discrepancy import Trial, rel_mae
+from ..schedule.plan import FULL, PIPELINED, SKIPPED, Plan, Policy, StepKind
+from ..schedule.policies import make_policy
+from ..schedule.sampler import Sampler, read_sampler
+from ..trees import map_tensors, tensors_of
 from .encoding import Encoding
-from .executor import Branch, Executor
-from .graphs import Graphs, release_before_groups
-from .guidance import RULES, Mixed, Pair
-from .partition import Anatomy, Inputs, map_tensors, read, tensors_of
-from .plan import FULL, PIPELINED, SKIPPED, Plan, Policy, StepKind
-from .policies import make_policy
-from .report import write_report
-from .sampler import Sampler, read_sampler
-from .sequence import SequenceSplit
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +62,7 @@ class _Run:
         self,
         num_steps: int,
         policy: Policy,
-        rule: Mixed,
+        rule: Rule,
         sampler: Sampler | None,
         is_guided: bool,
         timesteps: torch.Tensor,

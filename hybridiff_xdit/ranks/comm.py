@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .partition import tensors_of
+from ..trees import tensors_of
 
 
 class Transfer:

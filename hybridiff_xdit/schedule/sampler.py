@@ -120,7 +120,7 @@ def _respond(
     for name, value in vars(copied).items():
         if isinstance(value, torch.Tensor):
             setattr(copied, name, value.cpu())
-    for method in ("step", "set_timesteps"):  # `hybrid` watches these of the original
+    for method in ("step", "set_timesteps"):  # `seam.hooks` watches these of the original
         vars(copied).pop(method, None)
     accepted = inspect.signature(copied.step).parameters
     count = len(run)

@@ -1,11 +1,10 @@
-"""Discrepancy between the two branches of classifier-free guidance, its plateau, and the drift of estimates of it.
+"""Discrepancy between the two branches of classifier-free guidance, and the drift of estimates of it.
 
 Floats in, floats out: this module knows nothing of ranks, pipelines or models, so that every rank that feeds
 it the same numbers takes the same decision.
 """
 
 import math
-from collections import deque
 from typing import Any, NamedTuple
 
 import torch
@@ -38,36 +37,6 @@ def check_finite(step: int, value: float) -> None:
             f"the discrepancy at step {step} is {value}: the predictions are not finite, or the uncond "
             "prediction is zero. Check the model's dtype (bfloat16 or float32 instead of float16) and weights."
         )
-
-
-class SlopeDetector:
-    """Finds the step after which the discrepancy has stopped falling (arXiv 2602.21760, section 4.2).
-
-    ``G_i = (M_{i-L} - M_i) / L`` is the mean fall per step over the last ``L`` steps; the detector fires at the
-    first ``i`` with ``0 <= G_i < g``. (The paper's text prints the opposite sign; its condition needs this one.)
-
-    Args:
-        window: ``L``, in steps.
-        threshold: ``g``, in units of discrepancy per step.
-    """
-
-    def __init__(self, window: int, threshold: float) -> None:
-        self.window = window
-        self.threshold = threshold
-        self._recent: deque[float] = deque(maxlen=window + 1)
-
-    def update(self, step: int, value: float) -> bool:
-        """Take ``M_step``; return whether the detector fires there.
-
-        Raises:
-            ValueError: ``value`` is nan or infinite.
-        """
-        check_finite(step, value)
-        self._recent.append(value)
-        if len(self._recent) <= self.window:
-            return False
-        slope = (self._recent[0] - value) / self.window
-        return 0.0 <= slope < self.threshold
 
 
 class Trial(NamedTuple):

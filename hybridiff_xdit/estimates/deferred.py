@@ -1,124 +1,16 @@
-"""The rule that makes (pred_u, pred_c) on a step that does not evaluate both.
-
-Pipelines compute ``pred_u + w (pred_c - pred_u)``. Handing them ``(c - d, c)``, with ``c`` the cond prediction,
-evaluated (PIPELINED) or estimated (SKIPPED), and ``d`` an estimate of delta, gives ``c + (w - 1) d`` for every w, and
-with guidance_rescale, without knowing w.
-"""
+"""The rule that extrapolates, and pays the error of its estimates back."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from .discrepancy import Trial
-from .sampler import Sampler
-
-Pair = tuple[torch.Tensor, torch.Tensor]
-
-
-class Mixed:
-    """The published code: each rank has its branch's embeddings in its stage; the one output serves as both.
-
-    With two stages, stage 0 has uncond's and stage 1 cond's.
-
-    The guided prediction is that mixed output, and w has no effect on the step.
-
-    Args:
-        sampler: how the scheduler weighs predictions; only `Deferred` reads it.
-    """
-
-    #: Whose embeddings uncond's ranks have in their stages.
-    stage0_branch: Literal["uncond", "cond"] = "uncond"
-    #: Whether the rule can do without an evaluation (SKIPPED steps), and tell what its estimates miss (`trials`).
-    estimates = False
-    #: Whether a stage reads the straight line through the last two old boundaries at its own time, or the last one.
-    extrapolates_boundary = False
-    needs_sampler = False
-
-    def __init__(self, sampler: Sampler | None = None) -> None:
-        self.sampler = sampler
-
-    def full(self, step: int, pred_u: torch.Tensor, pred_c: torch.Tensor, guidance: float) -> Pair:
-        """Take the true predictions of a FULL step, each [B, ...]; return what to hand the pipeline in their place.
-
-        Args:
-            guidance: ``w - 1`` at this step, or 1 where the pipeline does not tell w.
-        """
-        return pred_u, pred_c
-
-    def pipelined(self, step: int, pred: torch.Tensor, guidance: float) -> Pair:
-        """(pred_u, pred_c) from the one prediction of a PIPELINED step, each [B, ...]."""
-        return pred, pred
-
-    def skipped(self, step: int, guidance: float) -> Pair:
-        """(pred_u, pred_c) of a SKIPPED step, each [B, ...], from FULL steps before it."""
-        raise NotImplementedError
-
-    def trials(self, step: int, pred_u: torch.Tensor, pred_c: torch.Tensor, guidance: float) -> list[Trial]:
-        """What the estimates would have missed on this FULL step (call it before `full`), nearest distance first."""
-        return []
-
-
-class NoGuidance(Mixed):
-    """All stages are cond; the cond prediction is used unguided."""
-
-    stage0_branch = "cond"
-
-
-class _Known(NamedTuple):
-    """A step's delta and pred_c, float32 [B, ...]: measured on a FULL step, else estimated."""
-
-    step: int
-    delta: torch.Tensor
-    pred_c: torch.Tensor
-
-
-class Reuse(NoGuidance):
-    """All stages are cond; the guidance is the last delta that a FULL step measured. SKIPPED: its pred_c too."""
-
-    estimates = True
-    _memory = 2
-
-    def __init__(self, sampler: Sampler | None = None) -> None:
-        super().__init__(sampler)
-        self._known: list[_Known] = []
-
-    def full(self, step: int, pred_u: torch.Tensor, pred_c: torch.Tensor, guidance: float) -> Pair:
-        c = pred_c.float()
-        self._dtype = pred_c.dtype
-        self._known = [*self._known, _Known(step, c - pred_u.float(), c)][-self._memory :]
-        return pred_u, pred_c
-
-    def pipelined(self, step: int, pred: torch.Tensor, guidance: float) -> Pair:
-        return self._use(self._estimate(self._known, step, pred.float()), guidance, is_evaluated=True)
-
-    def skipped(self, step: int, guidance: float) -> Pair:
-        return self._use(self._estimate(self._known, step), guidance, is_evaluated=False)
-
-    def trials(self, step: int, pred_u: torch.Tensor, pred_c: torch.Tensor, guidance: float) -> list[Trial]:
-        c, u = pred_c.float(), pred_u.float()
-        scale = u.abs().mean()
-        found = []
-        for back in range(min(2, len(self._known))):
-            known = self._known[: len(self._known) - back]
-            pipelined, skipped = self._estimate(known, step, c), self._estimate(known, step)
-            missed = (c - skipped.pred_c) / guidance + c - u - skipped.delta
-            errors = [error.abs().mean() / scale for error in (c - u - pipelined.delta, missed)]
-            found.append(Trial(step - known[-1].step, *errors))
-        return found
-
-    def _use(self, estimate: _Known, guidance: float, is_evaluated: bool) -> Pair:
-        """The pair that hands an estimate to the pipeline; ``is_evaluated``: its pred_c is."""
-        c = estimate.pred_c
-        return (c - estimate.delta).to(self._dtype), c.to(self._dtype)
-
-    def _estimate(self, known: Sequence[_Known], step: int, pred_c: torch.Tensor | None = None) -> _Known:
-        """Delta, and pred_c where it is not given, at ``step`` from FULL steps before it."""
-        assert known, "the first step of a run is FULL"
-        return _Known(step, known[-1].delta, known[-1].pred_c if pred_c is None else pred_c)
+from ..schedule.sampler import Sampler
+from .base import Pair
+from .reuse import Reuse, _Known
 
 
 class Deferred(Reuse):
@@ -303,7 +195,3 @@ class _Coefficient:
         fitted = (target * regressor).sum(dims, keepdim=True) / energy.clamp(min=torch.finfo(energy.dtype).tiny)
         self._sum = fitted.clamp(-1, 2) + self._forget * self._sum
         self._weight = 1 + self._forget * self._weight
-
-
-#: Guidance rules by name. An instance belongs to one run.
-RULES: dict[str, type[Mixed]] = {"mixed": Mixed, "none": NoGuidance, "reuse": Reuse, "deferred": Deferred}

@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .partition import map_tensors, modules_of, tensors_of
+from ..trees import map_tensors, modules_of, tensors_of
 
 logger = logging.getLogger(__name__)
 
@@ -282,7 +282,7 @@ def _state_of(denoiser: nn.Module) -> tuple[Hashable, list[nn.Module]]:
             raise _Uncapturable(f"{type(module).__name__} is offloaded, cached or cast by a hook")
         hooks = own["_forward_hooks"], own["_forward_pre_hooks"]
         for hook in (hook for kind in hooks if kind for hook in kind.values()):
-            if getattr(hook, "__module__", "").partition(".")[0] != __package__:
+            if getattr(hook, "__module__", "").partition(".")[0] != "hybridiff_xdit":
                 raise _Uncapturable(f"{type(module).__name__} has a forward hook")
         tensors = (*own["_parameters"].values(), *own["_buffers"].values())
         state += [type(module), own.get("forward"), *(t.data_ptr() for t in tensors if t is not None)]

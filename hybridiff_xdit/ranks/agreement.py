@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from ..trees import modules_of
 from .comm import Comm, checksum
-from .partition import modules_of
 
 
 def differing(facts: dict[str, Any], comm: Comm, across: Comm | None, device: torch.device) -> list[str]:

@@ -21,8 +21,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .comm import Comm
-from .partition import Anatomy
+from ..ranks.comm import Comm
+from .stages.anatomy import Anatomy
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

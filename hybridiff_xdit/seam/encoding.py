@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from .agreement import differing, disagreement, fingerprint
-from .comm import Comm, checksum
-from .partition import tensors_of
+from ..ranks.agreement import differing, disagreement, fingerprint
+from ..ranks.comm import Comm, checksum
+from ..trees import tensors_of
 
 _NUMBERS = ("", "_2", "_3")  # of the text encoders; each may be given a text of its own
 _TEXTS = [f"{negative}prompt{number}" for negative in ("", "negative_") for number in _NUMBERS]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .denoisers import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, SDXL, Settings
+from ..planner.denoisers import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, SDXL, Settings
 
 #: Families that `hybrid-cond` splits, by the prefix of the pipeline class in ``model_index.json``.
 FAMILIES = {"StableDiffusion3": "sd3", "StableDiffusionXL": "sdxl"}
@@ -86,7 +86,7 @@ def resolve(name: str) -> Checkpoint:
 
 def _embedded(name: str) -> Path:
     named = os.environ.get("HYBRIDIFF_MODELS")
-    folder = Path(named) if named else Path(__file__).parents[1] / "benchmarks" / "models"
+    folder = Path(named) if named else Path(__file__).parents[2] / "benchmarks" / "models"
     if not (folder / name / "model_index.json").is_file():
         raise ValueError(
             f"--model {name}: not found in {folder}. It comes with a checkout of the repository and is not in the "

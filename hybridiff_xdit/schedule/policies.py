@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .adaptive import AdaptivePolicy
-from .plan import DEFAULT_KINDS, FULL, PAPER_PRESETS, FixedPolicy, PaperConstants, PaperPolicy, Plan, Policy
+from .fixed import FixedPolicy
+from .paper import PAPER_PRESETS, PaperConstants, PaperPolicy
+from .plan import DEFAULT_KINDS, FULL, Plan, Policy
 from .sampler import Sampler
 
 if TYPE_CHECKING:
-    from .config import HybridConfig
+    from ..config import HybridConfig
 
 #: Policies by name, with what each does.
 POLICIES = {

@@ -10,10 +10,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from .comm import Comm, Gathering, Transfer, checksum
-from .graphs import Graphs, can_capture, seconds_between
-from .partition import Activation, Anatomy, Boundary, Inputs, Partition, Segment, tensors_of
-from .plan import SYNCHRONOUS_STEPS
+from ...ranks.comm import Comm, Gathering, Transfer, checksum
+from ...schedule.plan import SYNCHRONOUS_STEPS
+from ...trees import tensors_of
+from ..graphs import Graphs, can_capture, seconds_between
+from .anatomy import Activation, Anatomy, Boundary, Inputs
+from .cuts import Partition, Segment
 
 Branch = Literal["uncond", "cond"]
 
@@ -87,10 +89,10 @@ class Executor:
     it in the network, and last come the predictions, uncond's first. So the ranks' transfers follow one order, from the
     last stage to the first.
 
-    The stages of a U-Net lag behind one another (`partition`), so where a branch has several ranks no step may end in
+    The stages of a U-Net lag behind one another (`cuts`), so where a branch has several ranks no step may end in
     an exchange that waits for all: predictions are sent to each rank, which takes them when it has done its part.
 
-    Where tokens are split (`sequence`), each of these ranks is a group of processes, and there is one such executor for
+    Where tokens are split (`tokens`), each of these ranks is a group of processes, and there is one such executor for
     each place in the groups, that sends shards between the ranks of its place. All places make the same transfers, at
     the same points between their group's exchanges: a group waits for another where one rank would, and no circle is
     added.

@@ -1,0 +1,1 @@
+"""What stands for the predictions that a step does not evaluate: tensors in, tensors out."""

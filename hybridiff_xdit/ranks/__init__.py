@@ -1,0 +1,1 @@
+"""What the ranks exchange, and what must be the same on all of them."""

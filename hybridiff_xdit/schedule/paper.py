@@ -1,0 +1,118 @@
+"""The published switching rule (arXiv 2602.21760): its constants, its detector of a plateau, and its policy."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .discrepancy import Trial, check_finite
+from .plan import FULL, PIPELINED, StepKind
+from .sampler import Sampler
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperConstants:
+    """Constants of the published switching rule, in steps of the run (arXiv 2602.21760, section 5).
+
+    Attributes:
+        slope_window: ``L``, steps.
+        slope_threshold: ``g``, discrepancy per step.
+        interval: ``k``, length of the PIPELINED window in steps.
+        tau_cap: the latest step at which the window may start.
+    """
+
+    slope_window: int
+    slope_threshold: float
+    interval: int
+    tau_cap: int
+
+    def scaled(self, num_steps: int) -> "PaperConstants":
+        """The same rule for a run of another length: published figures are for 50 steps."""
+        ratio = num_steps / 50
+        return PaperConstants(
+            slope_window=max(1, round(self.slope_window * ratio)),
+            slope_threshold=self.slope_threshold / ratio,
+            interval=max(1, round(self.interval * ratio)),
+            tau_cap=max(1, round(self.tau_cap * ratio)),
+        )
+
+
+#: Published constants at 50 steps, by the family of the denoiser: SDXL (DDIM, w=5) and SD3 (Euler, w=7).
+PAPER_PRESETS = {
+    "unet": PaperConstants(slope_window=12, slope_threshold=4e-4, interval=5, tau_cap=15),
+    "mmdit": PaperConstants(slope_window=15, slope_threshold=5e-4, interval=5, tau_cap=40),
+}
+
+
+class SlopeDetector:
+    """Finds the step after which the discrepancy has stopped falling (arXiv 2602.21760, section 4.2).
+
+    ``G_i = (M_{i-L} - M_i) / L`` is the mean fall per step over the last ``L`` steps; the detector fires at the
+    first ``i`` with ``0 <= G_i < g``. (The paper's text prints the opposite sign; its condition needs this one.)
+
+    Args:
+        window: ``L``, in steps.
+        threshold: ``g``, in units of discrepancy per step.
+    """
+
+    def __init__(self, window: int, threshold: float) -> None:
+        self.window = window
+        self.threshold = threshold
+        self._recent: deque[float] = deque(maxlen=window + 1)
+
+    def update(self, step: int, value: float) -> bool:
+        """Take ``M_step``; return whether the detector fires there.
+
+        Raises:
+            ValueError: ``value`` is nan or infinite.
+        """
+        check_finite(step, value)
+        self._recent.append(value)
+        if len(self._recent) <= self.window:
+            return False
+        slope = (self._recent[0] - value) / self.window
+        return 0.0 <= slope < self.threshold
+
+
+class PaperPolicy:
+    """One window of ``k`` PIPELINED steps, as published (arXiv 2602.21760, section 4.2).
+
+    ``tau_1 = min(tau_1', tau_cap)`` and ``tau_2 = tau_1 + k``. tau_1 is the first PIPELINED step, counted from 0:
+    when the detector fires on the discrepancy of FULL step ``i`` (which has then been evaluated), ``tau_1' = i + 1``.
+
+    Raises:
+        ValueError: the window does not fit the run (``tau_cap + k > num_steps``).
+    """
+
+    reads_trials = False
+    lag = 0  # as published
+    may_pipeline = True
+    sampler: Sampler | None = None
+
+    def __init__(self, num_steps: int, constants: PaperConstants) -> None:
+        if constants.tau_cap + constants.interval > num_steps:
+            raise ValueError(
+                f"tau_cap={constants.tau_cap} + interval={constants.interval} is more than the run's {num_steps} "
+                "steps. Lower --hybrid_tau_cap or --hybrid_interval, raise --num_inference_steps, or use "
+                "--hybrid_policy cfg."
+            )
+        self.constants = constants
+        self.tau_1: int | None = None
+        self._detector = SlopeDetector(constants.slope_window, constants.slope_threshold)
+
+    @property
+    def tau_2(self) -> int | None:
+        return None if self.tau_1 is None else self.tau_1 + self.constants.interval
+
+    def reads_discrepancy(self, step: int) -> bool:
+        # The last step before the cap decides nothing: the window starts after it in any case.
+        return self.tau_1 is None and step + 1 < self.constants.tau_cap
+
+    def observe(self, step: int, discrepancy: float, trials: Sequence[Trial] = ()) -> None:
+        if self._detector.update(step, discrepancy):
+            self.tau_1 = step + 1
+
+    def kind(self, step: int, guidance: float = 1.0) -> StepKind:
+        if self.tau_1 is None and step >= self.constants.tau_cap:
+            self.tau_1 = self.constants.tau_cap
+        in_window = self.tau_1 is not None and self.tau_1 <= step < self.tau_1 + self.constants.interval
+        return PIPELINED if in_window else FULL
