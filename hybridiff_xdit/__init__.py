@@ -20,6 +20,6 @@ Folders, from bottom to top, which is the order to read them in (within one, the
 """
 
 from .config import HybridConfig
-from .seam.hooks import apply_hybrid, last_report, remove_hybrid
+from .seam.hooks import apply_hybrid, hybrid, last_report, remove_hybrid
 
-__all__ = ["HybridConfig", "apply_hybrid", "last_report", "remove_hybrid"]
+__all__ = ["HybridConfig", "apply_hybrid", "hybrid", "last_report", "remove_hybrid"]

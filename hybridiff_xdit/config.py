@@ -1,7 +1,7 @@
 """What a user chooses, in one object."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .estimates.rules import RULES
@@ -25,7 +25,7 @@ class HybridConfig:
         tolerance: for ``adaptive``: the guidance error allowed over the run, in the discrepancy's norm
             (`adaptive`). Default 0.005.
         speedup: for ``adaptive``, in place of the tolerance: the bound of the speed-up over one GPU to reach, from that
-            of all FULL steps (2 with two stages).
+            of all FULL steps (2 for two branches on two ranks, 1 on one).
         kinds: for ``adaptive``: letters of the kinds of step that it may use: ``FS``, ``FP`` or ``FPS``. Default
             ``FS``.
         guidance: what stands for the guidance where it is not evaluated: ``mixed`` (the published code), ``none``,
@@ -113,10 +113,26 @@ class HybridConfig:
         if self.tolerance is not None and not 0 < self.tolerance < float("inf"):
             self._refuse("tolerance", f"give a positive number, such as {TOLERANCE}")
         most = 5 * self.stages
-        if self.speedup is not None and not 2 <= self.speedup < most:
+        if self.speedup is not None and not 1 <= self.speedup < most:
             self._refuse("speedup", f"give a number from 2 (every step FULL) to less than {most}, such as 2.5")
         if self.tolerance is None and self.speedup is None:
             object.__setattr__(self, "tolerance", TOLERANCE)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every step is FULL and nothing old is read, so that no rule is needed."""
+        return self.policy == "cfg" and self.stages == 2
+
+    @property
+    def has_stages(self) -> bool:
+        """Whether layers are split: steps may be PIPELINED, or FULL steps have more than two stages."""
+        kinds = {"paper": "P", "adaptive": self.kinds or "", "fixed": self.plan or ""}.get(str(self.policy), "")
+        is_pattern = "/" in kinds
+        return self.stages > 2 or "P" in kinds or (is_pattern and not kinds.endswith("S"))
+
+    def agreed(self) -> "HybridConfig":
+        """What must be the same on every rank: all but where a report goes."""
+        return replace(self, report=None)
 
     def paper_constants(self) -> dict[str, Any]:
         """The published rule's constants that the user set; None keeps the preset."""

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import enum
+import types
+from collections.abc import Callable, Hashable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
+
+#: Types whose values hold no state but themselves.
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum, slice)
+
+
+class Indescribable(Exception):
+    """A value whose state Python does not show."""
 
 
 def tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in nested dicts, lists and tuples, in order."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from tensors_of(item)
+    """The tensors in a nest, in order."""
+    return (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor))
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
     """The same nest with ``function`` applied to each tensor."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: map_tensors(function, item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        items = (map_tensors(function, item) for item in value)
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
+    return pytree.tree_map_only(torch.Tensor, function, value)
 
 
 def modules_of(module: nn.Module) -> Iterator[nn.Module]:
@@ -41,3 +41,38 @@ def modules_of(module: nn.Module) -> Iterator[nn.Module]:
         if part is not None:
             yield part
             waiting += reversed(part._modules.values())
+
+
+def describe(value: Any, tensor: Callable[[torch.Tensor], Hashable], seen: tuple[int, ...] = ()) -> Hashable:
+    """All that a value holds but the contents of its tensors; equal where nothing differs.
+
+    Args:
+        value: a nest, or an object: its class and its attributes are described.
+        tensor: describes a tensor.
+        seen: ids of the objects that this one is in.
+
+    Raises:
+        Indescribable: it holds an object whose state is not in attributes.
+    """
+    if isinstance(value, torch.Tensor):
+        return tensor(value)
+    if isinstance(value, PLAIN):
+        return type(value).__name__, repr(value) if isinstance(value, slice) else value
+    if id(value) in seen:
+        return "within itself"
+    seen = (*seen, id(value))
+    if isinstance(value, dict | types.MappingProxyType):
+        return tuple((describe(key, tensor), describe(item, tensor, seen)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return type(value).__name__, *(describe(item, tensor, seen) for item in value)
+    if isinstance(value, set | frozenset):
+        return tuple(sorted(map(repr, value)))
+    if isinstance(value, type | types.FunctionType | types.BuiltinFunctionType | types.ModuleType | nn.Module):
+        return id(value)
+    if isinstance(value, partial):
+        return describe((value.func, value.args, value.keywords), tensor, seen)
+    if isinstance(value, types.MethodType):
+        return id(value.__func__), describe(value.__self__, tensor, seen)
+    if hasattr(value, "__dict__"):
+        return type(value).__qualname__, describe(vars(value), tensor, seen)
+    raise Indescribable(f"the state of a {type(value).__name__} cannot be told")

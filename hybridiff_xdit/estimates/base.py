@@ -1,56 +1,58 @@
-"""What a rule is: it makes (pred_u, pred_c) on a step that does not evaluate both.
+"""What a rule is: it makes the streams' predictions on a step that does not evaluate them all.
 
-Pipelines compute ``pred_u + w (pred_c - pred_u)``. Handing them ``(c - d, c)``, with ``c`` the cond prediction,
-evaluated (PIPELINED) or estimated (SKIPPED), and ``d`` an estimate of delta, gives ``c + (w - 1) d`` for every w, and
-with guidance_rescale, without knowing w.
+A rule works on one tensor of a prediction (a denoiser may return several, such as video and audio). A pipeline makes
+the guided prediction of the streams itself. So with estimates ``c`` of cond and ``d_k`` of the distances ``c - s_k`` it
+is handed ``c`` and ``c - d_k``, which gives ``c + (w - 1) d`` for every w, and whatever else it does to the guided
+prediction stays its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 
 from ..schedule.discrepancy import Trial
 from ..schedule.sampler import Sampler
+from .weights import Guidance, plain
 
-Pair = tuple[torch.Tensor, torch.Tensor]
+Streams = list[torch.Tensor]
+Branch = Literal["uncond", "cond"]
 
 
 class Rule:
-    """Makes a step's two predictions where they are not both evaluated. An instance belongs to one run.
+    """The interface; alone it is for steps that are all FULL.
 
     Args:
-        sampler: how the scheduler weighs predictions; only `Deferred` reads it.
+        sampler: how the scheduler weighs predictions; only a rule that ``needs_sampler`` reads it.
+        guidance: how the pipeline weighs the streams, as it comes to be known.
     """
 
     #: Whose embeddings uncond's ranks have in their stages.
-    stage0_branch: Literal["uncond", "cond"] = "cond"
+    stage0_branch: Branch = "cond"
     #: Whether the rule can do without an evaluation (SKIPPED steps), and tell what its estimates miss (`trials`).
     estimates = False
     #: Whether a stage reads the straight line through the last two old boundaries at its own time, or the last one.
     extrapolates_boundary = False
     needs_sampler = False
 
-    def __init__(self, sampler: Sampler | None = None) -> None:
+    def __init__(self, sampler: Sampler | None = None, guidance: Guidance | None = None) -> None:
         self.sampler = sampler
+        self.guidance = guidance or Guidance(plain(2))
 
-    def full(self, step: int, pred_u: torch.Tensor, pred_c: torch.Tensor, guidance: float) -> Pair:
-        """Take the true predictions of a FULL step, each [B, ...]; return what to hand the pipeline in their place.
+    def full(self, step: int, streams: Sequence[torch.Tensor]) -> Streams:
+        """Take the true predictions of a FULL step, each [B, ...]; return what to hand the pipeline in their place."""
+        return list(streams)
 
-        Args:
-            guidance: ``w - 1`` at this step, or 1 where the pipeline does not tell w.
-        """
-        return pred_u, pred_c
-
-    def pipelined(self, step: int, pred: torch.Tensor, guidance: float) -> Pair:
-        """(pred_u, pred_c) from the one prediction of a PIPELINED step, each [B, ...]."""
-        return pred, pred
-
-    def skipped(self, step: int, guidance: float) -> Pair:
-        """(pred_u, pred_c) of a SKIPPED step, each [B, ...], from FULL steps before it."""
+    def pipelined(self, step: int, pred: torch.Tensor) -> Streams:
+        """Both streams' predictions from the one of a PIPELINED step, [B, ...]."""
         raise NotImplementedError
 
-    def trials(self, step: int, pred_u: torch.Tensor, pred_c: torch.Tensor, guidance: float) -> list[Trial]:
+    def skipped(self, step: int) -> Streams:
+        """The streams' predictions of a SKIPPED step, each [B, ...], from FULL steps before it."""
+        raise NotImplementedError
+
+    def trials(self, step: int, streams: Sequence[torch.Tensor]) -> list[Trial]:
         """What the estimates would have missed on this FULL step (call it before `full`), nearest distance first."""
         return []

@@ -1,18 +1,26 @@
-"""Rules that keep no history: the published code's, and no guidance. A step's one prediction serves as both."""
+"""The rules of the published code, and the plainest one: cond without guidance."""
 
-from .base import Rule
+from __future__ import annotations
+
+import torch
+
+from .base import Branch, Rule, Streams
 
 
 class Mixed(Rule):
     """The published code: each rank has its branch's embeddings in its stage; the one output serves as both.
 
-    With two stages, stage 0 has uncond's and stage 1 cond's.
-
-    The guided prediction is that mixed output, and w has no effect on the step.
+    With two stages, stage 0 has uncond's and stage 1 cond's. The guided prediction is that mixed output, and w has no
+    effect on the step.
     """
 
-    stage0_branch = "uncond"
+    stage0_branch: Branch = "uncond"
+
+    def pipelined(self, step: int, pred: torch.Tensor) -> Streams:
+        return [pred, pred]
 
 
-class NoGuidance(Rule):
+class NoGuidance(Mixed):
     """All stages are cond; the cond prediction is used unguided."""
+
+    stage0_branch = "cond"

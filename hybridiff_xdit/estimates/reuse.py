@@ -1,4 +1,4 @@
-"""The rule that carries what the last FULL step measured on."""
+"""The last FULL step's distances from cond, and where cond is not evaluated its prediction too."""
 
 from __future__ import annotations
 
@@ -8,58 +8,88 @@ from typing import NamedTuple
 import torch
 
 from ..schedule.discrepancy import Trial
-from ..schedule.sampler import Sampler
-from .base import Pair, Rule
+from .base import Rule, Streams
 
 
-class _Known(NamedTuple):
-    """A step's delta and pred_c, float32 [B, ...]: measured on a FULL step, else estimated."""
+class Known(NamedTuple):
+    """A step's predictions, float32 [B, ...]: measured on a FULL step, else estimated.
+
+    Attributes:
+        step: its number.
+        cond: the prediction of cond.
+        deltas: ``cond - s`` of each other stream.
+    """
 
     step: int
-    delta: torch.Tensor
-    pred_c: torch.Tensor
+    cond: torch.Tensor
+    deltas: tuple[torch.Tensor, ...]
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """Cond, then the distances."""
+        return (self.cond, *self.deltas)
 
 
 class Reuse(Rule):
-    """All stages are cond; the guidance is the last delta that a FULL step measured. SKIPPED: its pred_c too."""
+    """All stages are cond; the guidance is the last one that a FULL step measured. SKIPPED: its cond too."""
 
     estimates = True
     _memory = 2
 
-    def __init__(self, sampler: Sampler | None = None) -> None:
-        super().__init__(sampler)
-        self._known: list[_Known] = []
+    def full(self, step: int, streams: Sequence[torch.Tensor]) -> Streams:
+        self._dtype = streams[0].dtype
+        self._known = [*self._earlier, self._measured(step, streams)][-self._memory :]
+        return list(streams)
 
-    def full(self, step: int, pred_u: torch.Tensor, pred_c: torch.Tensor, guidance: float) -> Pair:
-        c = pred_c.float()
-        self._dtype = pred_c.dtype
-        self._known = [*self._known, _Known(step, c - pred_u.float(), c)][-self._memory :]
-        return pred_u, pred_c
+    def pipelined(self, step: int, pred: torch.Tensor) -> Streams:
+        return self._use(self._estimate(self._known, step, pred.float()), is_evaluated=True)
 
-    def pipelined(self, step: int, pred: torch.Tensor, guidance: float) -> Pair:
-        return self._use(self._estimate(self._known, step, pred.float()), guidance, is_evaluated=True)
+    def skipped(self, step: int) -> Streams:
+        return self._use(self._estimate(self._known, step), is_evaluated=False)
 
-    def skipped(self, step: int, guidance: float) -> Pair:
-        return self._use(self._estimate(self._known, step), guidance, is_evaluated=False)
-
-    def trials(self, step: int, pred_u: torch.Tensor, pred_c: torch.Tensor, guidance: float) -> list[Trial]:
-        c, u = pred_c.float(), pred_u.float()
-        scale = u.abs().mean()
+    def trials(self, step: int, streams: Sequence[torch.Tensor]) -> list[Trial]:
+        now = self._measured(step, streams)
+        largest, most = self.guidance.largest, self.guidance.most
+        scale = (now.cond - now.deltas[0] if now.deltas else now.cond).abs().mean()
         found = []
-        for back in range(min(2, len(self._known))):
-            known = self._known[: len(self._known) - back]
-            pipelined, skipped = self._estimate(known, step, c), self._estimate(known, step)
-            missed = (c - skipped.pred_c) / guidance + c - u - skipped.delta
-            errors = [error.abs().mean() / scale for error in (c - u - pipelined.delta, missed)]
+        for back in range(min(2, len(self._earlier))):
+            known = self._earlier[: len(self._earlier) - back]
+            skipped = self._estimate(known, step)
+            missed = (now.cond - skipped.cond) / most
+            for weight, true, estimate in zip(largest, now.deltas, skipped.deltas, strict=True):
+                missed = missed + weight / most * (true - estimate)
+            if len(now.deltas) == 1:
+                evaluated = now.deltas[0] - self._estimate(known, step, now.cond).deltas[0]
+            else:  # nothing is PIPELINED
+                evaluated = missed
+            errors = [error.abs().mean() / scale for error in (evaluated, missed)]
             found.append(Trial(step - known[-1].step, *errors))
         return found
 
-    def _use(self, estimate: _Known, guidance: float, is_evaluated: bool) -> Pair:
-        """The pair that hands an estimate to the pipeline; ``is_evaluated``: its pred_c is."""
-        c = estimate.pred_c
-        return (c - estimate.delta).to(self._dtype), c.to(self._dtype)
+    @property
+    def _earlier(self) -> list[Known]:
+        return getattr(self, "_known", [])
 
-    def _estimate(self, known: Sequence[_Known], step: int, pred_c: torch.Tensor | None = None) -> _Known:
-        """Delta, and pred_c where it is not given, at ``step`` from FULL steps before it."""
+    def _measured(self, step: int, streams: Sequence[torch.Tensor]) -> Known:
+        at = self._cond
+        c = streams[at].float()
+        return Known(step, c, tuple(c - stream.float() for k, stream in enumerate(streams) if k != at))
+
+    @property
+    def _cond(self) -> int:
+        """Number of the stream that is cond: what it was when the run began."""
+        if not hasattr(self, "_cond_at_first"):
+            self._cond_at_first = self.guidance.at(0).cond
+        return self._cond_at_first
+
+    def _use(self, estimate: Known, is_evaluated: bool) -> Streams:
+        """The streams that hand an estimate to the pipeline; ``is_evaluated``: its cond is."""
+        streams = [estimate.cond - delta for delta in estimate.deltas]
+        streams.insert(self._cond, estimate.cond)
+        return [stream.to(self._dtype) for stream in streams]
+
+    def _estimate(self, known: Sequence[Known], step: int, cond: torch.Tensor | None = None) -> Known:
+        """The distances, and cond where it is not given, at ``step`` from FULL steps before it."""
         assert known, "the first step of a run is FULL"
-        return _Known(step, known[-1].delta, known[-1].pred_c if pred_c is None else pred_c)
+        last = known[-1]
+        return Known(step, last.cond if cond is None else cond, last.deltas)

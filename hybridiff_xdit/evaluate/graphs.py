@@ -9,12 +9,12 @@ all that a graph would not notice by itself:
 
 * the shapes, dtypes and constants of the arguments (adapter scales among them);
 * the addresses of the weights, the modules and the constants in them, looked at when a run begins;
-* the adapters in use and their scales, and the attention processors with theirs, looked at on every step, since
-  callbacks change them. (The rest would take the host 5 ms a step for SDXL. Other weights or modules loaded by a
-  callback come into effect with the next run.)
+* the adapters in use and their scales, the attention processors with all that they hold, and PyTorch's settings (TF32,
+  attention), looked at on every step, since callbacks change them. (The rest would take the host 5 ms a step for SDXL.
+  Other weights or modules loaded by a callback come into effect with the next run.)
 
 All graphs of a session share one memory pool: they are replayed one at a time, and what they return is copied out. What
-cannot be captured runs as it is, and the log says so once.
+cannot be captured, or holds an object whose state cannot be told, runs as it is, and the log says so once.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import nn
 
-from ..trees import map_tensors, modules_of, tensors_of
+from ..trees import Indescribable, describe, map_tensors, modules_of, tensors_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,9 @@ REPLAYS = 5
 _ADAPTERS = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters")
 
 _CONSTANTS = frozenset((bool, int, float, str))
+
+#: What every module holds: its tensors, modules and hooks are looked at by themselves.
+_MODULES_OWN = frozenset(vars(nn.Module())) | {"forward"}
 
 #: Graphs that hold exchanges of a process group.
 _HOLDING: WeakSet[Graphs] = WeakSet()
@@ -84,7 +88,7 @@ class Graphs:
     def __init__(self, denoiser: nn.Module, is_on: bool = True) -> None:
         self.denoiser = denoiser
         self._is_on = is_on
-        self._device = next(denoiser.parameters()).device
+        self._device = torch.device("cpu")
         self._states: dict[Hashable, int] = {}  # numbered: a key is looked up often
         self._numbers = count()
         self._fixed: int | None = None  # number of the state that lasts a run; None: nothing is captured
@@ -108,20 +112,27 @@ class Graphs:
             try:
                 state, self._changing = _state_of(self.denoiser)
                 self._fixed = self._number(state)
-            except _Uncapturable as reason:
+            except (_Uncapturable, Indescribable) as reason:
                 self.refuse(str(reason))
 
     def look(self) -> None:
         """Note the rest; to be called before the pieces of a step."""
         if self._fixed is not None:
-            self._state = self._number((self._fixed, *map(_present, self._changing)))
+            try:
+                self._state = self._number((self._fixed, _switches(), *map(_present, self._changing)))
+            except Indescribable as reason:
+                self.refuse(str(reason))
 
     def __call__(self, name: str, piece: Piece, inputs: Any, *others: Any) -> Any:
         """``piece(inputs, *others)``, of the denoiser's inputs: a nest of tensors and constants, the caller's own."""
         args = inputs, *others
         if self._fixed is None:
             return piece(*args)
-        key = _Key(name, self._state, _describe(inputs), _describe(others))
+        try:
+            key = _Key(name, self._state, describe(inputs, _given), describe(others, _given))
+        except Indescribable as reason:
+            self.refuse(f"among the denoiser's arguments {reason}")
+            return piece(*args)
         is_first = key not in self._graphs
         if is_first:
             has_run = any(
@@ -274,7 +285,7 @@ def _state_of(denoiser: nn.Module) -> tuple[Hashable, list[nn.Module]]:
         raise _Uncapturable("gradients are on (call the pipeline under torch.no_grad())")
     if torch.is_autocast_enabled():
         raise _Uncapturable("autocast is on (load the pipeline in the dtype that you want)")
-    state: list[Any] = []
+    state: list[Any] = [_switches()]
     changing = []
     for module in modules_of(denoiser):
         own = vars(module)
@@ -287,27 +298,41 @@ def _state_of(denoiser: nn.Module) -> tuple[Hashable, list[nn.Module]]:
         tensors = (*own["_parameters"].values(), *own["_buffers"].values())
         state += [type(module), own.get("forward"), *(t.data_ptr() for t in tensors if t is not None)]
         state += compress(own.values(), map(_CONSTANTS.__contains__, map(type, own.values())))
+        for name in own.keys() - _MODULES_OWN:
+            if type(own[name]) not in _CONSTANTS and name not in ("processor", *_ADAPTERS):
+                state.append((name, describe(own[name], _at)))
         if "scaling" in own or "processor" in own or "processor" in own["_modules"]:  # hasattr takes twice as long
             changing.append(module)
     return tuple(state), changing
 
 
+def _switches() -> Hashable:
+    """PyTorch's and diffusers' settings by which kernels are chosen."""
+    cuda = torch.backends.cuda
+    sdp = cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()
+    precision = torch.get_float32_matmul_precision(), cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    backend = _AttentionBackendRegistry.get_active_backend()
+    return sdp, precision, torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled(), str(backend)
+
+
 def _present(module: Any) -> Hashable:
-    """The adapters in use and their scales, or the attention processor and its constants."""
+    """The adapters in use and their scales, or the attention processor with all that it holds."""
     own = vars(module)
     if "scaling" in own:
         return repr([own.get(name) for name in _ADAPTERS])
     processor = module.processor
-    constants = getattr(processor, "__dict__", {}).values()
-    return processor, *(value for value in constants if value.__class__ in _CONSTANTS)
+    if isinstance(processor, nn.Module):
+        held = {name: value for name, value in vars(processor).items() if name not in _MODULES_OWN}
+    else:
+        held = getattr(processor, "__dict__", {})
+    return id(processor), describe(held, _at)
 
 
-def _describe(value: Any) -> Hashable:
-    """What a graph of a function of this nest holds fixed: everything but the tensors' contents."""
-    if isinstance(value, torch.Tensor):
-        return value.shape, value.stride(), value.dtype
-    if isinstance(value, dict):
-        return tuple((key, _describe(item)) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return tuple(map(_describe, value))
-    return value if isinstance(value, Hashable) else repr(value)
+def _at(tensor: torch.Tensor) -> Hashable:
+    """A tensor that a module holds: a graph reads it where it lies."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _given(tensor: torch.Tensor) -> Hashable:
+    """A tensor that is handed in: its contents are copied to where the graph reads them."""
+    return tensor.shape, tensor.stride(), tensor.dtype

@@ -9,13 +9,20 @@ from typing import Any
 import torch
 
 from ..trees import modules_of
-from .comm import Comm, checksum
+from .comm import Comm, bit_sum, checksum
+
+#: Numbers that are read of a weight which lies elsewhere.
+_FEW = 4096
+
+#: Numbers in the exchange: a status, and one for each fact.
+_SLOTS = 24
+_HERE, _LEFT = 0, 1
 
 
 def differing(facts: dict[str, Any], comm: Comm, across: Comm | None, device: torch.device) -> list[str]:
     """Names of the facts that are not the same on every rank; the same answer on all of them.
 
-    What is exchanged has eight bytes a fact, whatever the facts are: ranks that differ cannot misread each other.
+    What is exchanged has one size, whatever the facts are: ranks that differ cannot misread each other.
 
     Args:
         facts: by name, in the same order on all ranks. Those that are tensors are checksums, int64 [1] on any device,
@@ -23,16 +30,31 @@ def differing(facts: dict[str, Any], comm: Comm, across: Comm | None, device: to
         comm: the ranks.
         across: a group of such groups (that split a branch's tokens), which must agree too.
         device: where the exchange takes place.
+
+    Raises:
+        RuntimeError: a rank has left instead (`leave`).
     """
     # Sums of tensors are on the device, digests of the rest on the host: one copy.
     sums = {name: fact.to(device) for name, fact in facts.items() if isinstance(fact, torch.Tensor)}
     digests = {name: _digest(fact) for name, fact in facts.items() if name not in sums}
-    mine = torch.cat([*sums.values(), torch.tensor(list(digests.values()), device=device, dtype=torch.int64)])
-    gathered = torch.stack(comm.all_gather(mine))  # [ranks, facts]
-    if across is not None:
-        gathered = torch.cat(across.all_gather(gathered))
-    values = zip([*sums, *digests], gathered.T.tolist(), strict=True)
-    return [name for name, value in values if len(set(value)) > 1]
+    padding = [0] * (_SLOTS - 1 - len(facts))
+    rest = torch.tensor([*digests.values(), *padding, _HERE], device=device, dtype=torch.int64)
+    *values, statuses = _gather(torch.cat([*sums.values(), rest]), comm, across).T.tolist()
+    if any(status == _LEFT for status in statuses):
+        raise RuntimeError(
+            "hybrid-cond: another rank ended its call with an error before the first step: look for it in its log."
+        )
+    return [name for name, value in zip([*sums, *digests], values, strict=False) if len(set(value)) > 1]
+
+
+def leave(comm: Comm, across: Comm | None, device: torch.device) -> None:
+    """Tell ranks that may be about to compare facts that this one is not going on."""
+    _gather(torch.tensor([0] * (_SLOTS - 1) + [_LEFT], device=device), comm, across)
+
+
+def _gather(mine: torch.Tensor, comm: Comm, across: Comm | None) -> torch.Tensor:
+    gathered = torch.stack(comm.all_gather(mine))  # [ranks, slots]
+    return gathered if across is None else torch.cat(across.all_gather(gathered))
 
 
 def disagreement(names: list[str]) -> RuntimeError:
@@ -42,14 +64,19 @@ def disagreement(names: list[str]) -> RuntimeError:
     )
 
 
-def fingerprint(module: torch.nn.Module) -> torch.Tensor:
-    """Checksum of how many weights a module has, and of the first 4096 numbers of the first and of the last of them.
+def fingerprint(module: torch.nn.Module, device: torch.device) -> torch.Tensor:
+    """Checksum of all weights and buffers of a module: int64 [1].
 
-    int64 [1]. Weights that are loaded when they are used cannot be read, and are left out.
+    Those that do not lie on ``device`` (because they are offloaded) are read at their beginning only, and those that
+    are loaded when they are used are left out.
     """
-    weights = [weight for part in modules_of(module) for weight in part._parameters.values() if weight is not None]
-    ends = [weight.flatten()[:4096] for weight in (weights[0], weights[-1]) if not weight.is_meta]
-    return checksum((*ends, torch.tensor([len(weights)])))
+    sums = []
+    for part in modules_of(module):
+        for weight in (*part._parameters.values(), *part._buffers.values()):
+            if weight is not None and not weight.is_meta:
+                is_here = weight.device.type == device.type
+                sums.append(bit_sum(weight if is_here else weight.flatten()[:_FEW].contiguous()).to(device))
+    return checksum(torch.stack(sums) if sums else torch.zeros(1, device=device))
 
 
 def _digest(fact: Any) -> int:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ..trees import tensors_of
+
+#: Numbers that a checksum takes at a time: its temporaries are eight bytes a number.
+_MOST_NUMBERS = 1 << 22
 
 
 class Transfer:
@@ -75,15 +77,16 @@ class Comm:
         """Start to send; the tensor must not change until the transfer is waited for."""
         self.bytes_sent += tensor.nbytes
         with self.guard(dst):
-            return Transfer(self, dst, tensor, dist.isend(tensor, self._global_rank(dst), group=self.group))
+            return Transfer(self, dst, tensor, dist.isend(tensor, self.global_rank(dst), group=self.group))
 
     def receive(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
         """Receive into ``tensor``, and return it. As `Transfer.wait`, it blocks the device's stream (with NCCL)."""
         with self.guard(src):
-            dist.recv(tensor, self._global_rank(src), group=self.group)
+            dist.recv(tensor, self.global_rank(src), group=self.group)
         return tensor
 
-    def _global_rank(self, rank: int) -> int:
+    def global_rank(self, rank: int) -> int:
+        """Number among all processes of a rank of the group."""
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
     @contextmanager
@@ -93,9 +96,9 @@ class Comm:
             yield
         except RuntimeError as error:
             others = [peer] if peer not in (None, self.rank) else [r for r in range(self.size) if r != self.rank]
-            names = " or ".join(str(self._global_rank(rank)) for rank in others)
+            names = " or ".join(str(self.global_rank(rank)) for rank in others)
             raise RuntimeError(
-                f"hybrid-cond: rank {names} did not answer rank {self._global_rank(self.rank)}: it died, or left the "
+                f"hybrid-cond: rank {names} did not answer rank {self.global_rank(self.rank)}: it died, or left the "
                 "run. Look for the first error in its log."
             ) from error
 
@@ -113,20 +116,32 @@ class Solo(Comm):
 def checksum(value: Any) -> torch.Tensor:
     """Order-sensitive checksum of the bits of every tensor in a nest: int64, shape [1], on the first tensor's device.
 
-    Integer arithmetic, so that it does not depend on the order of summation and equal bits give equal sums. All tensors
-    at once: on a GPU it is the number of kernels that costs.
+    Integer arithmetic, so that it does not depend on the order of summation and equal bits give equal sums.
+    (`torch.hash_tensor` would not do: it combines by XOR, in which the two halves of a batch cancel.)
     """
     tensors = list(tensors_of(value))
-    width = torch.int16 if all(t.element_size() > 1 for t in tensors) else torch.uint8
-    bits = torch.cat([_flat(t).view(width).to(tensors[0].device) for t in tensors])
-    return (bits * _weights(bits.numel(), bits.device)).sum().view(1)
+    total = torch.zeros(1, dtype=torch.int64, device=tensors[0].device)
+    count = 0
+    for tensor in tensors:
+        for piece in _bits(tensor).to(total.device).split(_MOST_NUMBERS):
+            weights = torch.arange(2 * count + 1, 2 * (count + piece.numel()), 2, device=total.device)
+            total += (piece * weights).sum()
+            count += piece.numel()
+    return total
+
+
+def bit_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum of a tensor's bits in words of 64, or of less where its size asks for it: int64, 0-d, without a temporary."""
+    flat = _flat(tensor)
+    size = flat.numel() * flat.element_size()
+    is_whole = size % 8 == 0 and flat.data_ptr() % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0
+    return (flat.view(torch.int64) if is_whole else _bits(tensor)).sum(dtype=torch.int64)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return _flat(tensor).view(torch.int16 if tensor.element_size() > 1 else torch.uint8)
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     # A tensor of one element counts as contiguous with any stride, with which its bits cannot be viewed.
     return tensor.detach().contiguous().as_strided((tensor.numel(),), (1,))
-
-
-@lru_cache(maxsize=16)
-def _weights(count: int, device: torch.device) -> torch.Tensor:
-    return torch.arange(1, count + 1, device=device, dtype=torch.int64) * 2 + 1

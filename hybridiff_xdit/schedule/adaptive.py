@@ -118,6 +118,7 @@ class AdaptivePolicy:
         speedup: float | None = None,
         kinds: str = DEFAULT_KINDS,
         stages: int = 2,
+        gain: float | None = None,
     ) -> None:
         self.sampler: Sampler | None = sampler
         self.num_steps = len(sampler.times)
@@ -128,7 +129,7 @@ class AdaptivePolicy:
         if speedup is not None:
             # In FULL steps: a synchronous one (`Plan.speedup_bound`) counts as stages / 2 of them.
             full = self.num_steps + (stages / 2 - 1) * synchronous_steps(stages, self.num_steps)
-            one_gpu = self.num_steps * stages
+            one_gpu = self.num_steps * (stages if gain is None or stages > 2 else gain)
             self.saving_left = full - one_gpu / speedup
             groups, rest = divmod(max(self.num_steps - 6, 0), LONGEST_GROUP)
             most = (groups * (LONGEST_GROUP - 1) + max(rest - 1, 0)) * max(self._saves.values(), default=0.0)

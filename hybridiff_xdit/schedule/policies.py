@@ -22,7 +22,9 @@ POLICIES = {
 }
 
 
-def make_policy(config: HybridConfig, num_steps: int, family: str, sampler: Sampler | None = None) -> Policy:
+def make_policy(
+    config: HybridConfig, num_steps: int, family: str, sampler: Sampler | None = None, gain: float | None = None
+) -> Policy:
     """Build the policy of one run.
 
     Args:
@@ -30,6 +32,7 @@ def make_policy(config: HybridConfig, num_steps: int, family: str, sampler: Samp
         num_steps: denoiser evaluations in the run.
         family: the denoiser's family, ``unet`` or ``mmdit``: selects the published constants.
         sampler: of the run; ``adaptive`` needs it.
+        gain: evaluations of a FULL step on one GPU, over those of the busiest rank; default as many as stages.
 
     Raises:
         ValueError: the policy does not fit the run.
@@ -46,6 +49,7 @@ def make_policy(config: HybridConfig, num_steps: int, family: str, sampler: Samp
             speedup=config.speedup,
             kinds=config.kinds or DEFAULT_KINDS,
             stages=config.stages,
+            gain=gain,
         )
     preset = vars(PAPER_PRESETS[family].scaled(num_steps))
     given = {name: value for name, value in config.paper_constants().items() if value is not None}

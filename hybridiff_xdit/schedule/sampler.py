@@ -43,23 +43,21 @@ class Sampler(NamedTuple):
         return abs(self.gains[step]) >= LEAST_GAIN * max((abs(self.gains[i]) for i in owing), default=0.0)
 
 
-def read_sampler(scheduler: Any, start: float, num_steps: int, **extra: Any) -> Sampler:
+def read_sampler(scheduler: Any, start: int, num_steps: int, **extra: Any) -> Sampler:
     """Read a scheduler whose timesteps are set and that has not stepped yet. It is not changed.
 
     Args:
         scheduler: a diffusers scheduler.
-        start: the first timestep of the run (image-to-image starts within the list).
+        start: number of the first timestep of the run (image-to-image starts within the list).
         num_steps: denoiser evaluations in the run.
         extra: further arguments of its ``step``, such as ``eta``.
 
     Raises:
         ValueError: its update is not linear (clipping, thresholding), or it cannot be run on a copy.
     """
-    timesteps = scheduler.timesteps.tolist()
-    first = min(range(len(timesteps)), key=lambda i: abs(timesteps[i] - start))
     # set_begin_index and the like are state: two calls may differ in it alone.
     state = tuple((name, _content(value)) for name, value in vars(scheduler).items() if not callable(value))
-    run = tuple(timesteps[first : first + num_steps])
+    run = tuple(scheduler.timesteps.tolist()[start : start + num_steps])
     return _read(_Key((type(scheduler), state, run, str(extra)), scheduler, extra))
 
 
@@ -98,6 +96,11 @@ def _read(key: _Key) -> Sampler:
     finally:
         key.scheduler = None  # the cache keeps the key
     gains = unit - silent
+    if not torch.isfinite(gains).all():
+        raise ValueError(
+            f"hybrid-cond: {name} makes numbers of a finite prediction that are not finite (noise prediction from a "
+            f"signal-to-noise ratio of zero?), and so would the pipeline without us. {mend}"
+        )
     if not torch.allclose((large - silent) / 1e3, gains, rtol=1e-2, atol=1e-3 * float(gains.abs().max())):
         raise ValueError(
             f"hybrid-cond: what {name} does is not linear in the predictions (clip_sample or thresholding), so the "
@@ -120,21 +123,24 @@ def _respond(
     for name, value in vars(copied).items():
         if isinstance(value, torch.Tensor):
             setattr(copied, name, value.cpu())
-    for method in ("step", "set_timesteps"):  # `seam.hooks` watches these of the original
-        vars(copied).pop(method, None)
     accepted = inspect.signature(copied.step).parameters
     count = len(run)
     sample = torch.zeros(count, 1, 1, 1, dtype=torch.float64)
     inputs = torch.zeros(count, dtype=torch.float64)
+    before: torch.Tensor | None = None
     dtype = copied.timesteps.dtype
     with torch.random.fork_rng(devices=[]):  # noise without a generator comes from the global one
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # the CPU's alone: torch.manual_seed would reseed every GPU's too
         given = {**extra, **({"generator": torch.Generator().manual_seed(0)} if "generator" in accepted else {})}
         sample = _scaled(copied, sample, torch.tensor(run[0], dtype=dtype), keep=True)
         for i, time in enumerate(run):
             prediction = torch.zeros_like(sample)
             prediction[i] = impulse
-            sample = copied.step(prediction, torch.tensor(time, dtype=dtype), sample, return_dict=False, **given)[0]
+            if "old_pred_original_sample" in accepted:  # CogVideoX's DPM solver keeps its history in its caller
+                given |= {"old_pred_original_sample": before, "timestep_back": torch.tensor(run[i - 1]) if i else None}
+            at = torch.tensor(time, dtype=dtype)
+            stepped = copied.step(model_output=prediction, timestep=at, sample=sample, return_dict=False, **given)
+            sample, before = stepped[0], stepped[-1]
             following = torch.tensor(run[min(i + 1, count - 1)], dtype=dtype)
             scaled = _scaled(copied, sample, following) if i + 1 < count else sample
             inputs[i] = scaled[i].item()

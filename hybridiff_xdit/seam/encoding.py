@@ -11,6 +11,8 @@ encodes any text just as it would have among both: the results are the same bits
 from __future__ import annotations
 
 import inspect
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,25 +37,29 @@ class Encoding:
     be one rank's alone, so it is the pipeline's.
 
     Args:
-        pipe: a diffusers pipeline, before the two methods are replaced.
+        pipe: a diffusers pipeline. It is not kept alive.
         comm: the ranks, uncond's first, then cond's.
         across: the group that splits a branch's tokens, if one does.
     """
 
     def __init__(self, pipe: Any, comm: Comm, across: Comm | None) -> None:
-        self.pipe, self.comm, self.across = pipe, comm, across
-        self._check_inputs, self._encode_prompt = pipe.check_inputs, pipe.encode_prompt
+        self._pipe, self.comm, self.across = weakref.ref(pipe), comm, across
         self._signature = inspect.signature(pipe.encode_prompt)
         self._is_called = False  # whether the pipeline's call comes to encode its prompts next
 
-    def check_inputs(self, *args: Any, **kwargs: Any) -> Any:
+    @property
+    def pipe(self) -> Any:
+        """The pipeline."""
+        return self._pipe()
+
+    def check_inputs(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The pipeline's own."""
         self._is_called = False
-        checked = self._check_inputs(*args, **kwargs)
+        checked = original(*args, **kwargs)
         self._is_called = True
         return checked
 
-    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+    def encode_prompt(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What the pipeline's own returns.
 
         Raises:
@@ -61,14 +67,14 @@ class Encoding:
                 error is its own.
         """
         if not self._is_called:
-            return self._encode_prompt(*args, **kwargs)
+            return original(*args, **kwargs)
         self._is_called = False
         given = self._signature.bind(*args, **kwargs)
         given.apply_defaults()
         arguments = given.arguments
         own = _own(arguments, self.pipe.config, is_uncond=self.comm.rank < self.comm.size // 2)
         try:
-            embeds = self._encode_prompt(**own) if own else self._encode_prompt(*args, **kwargs)
+            embeds = original(**own) if own else original(*args, **kwargs)
         except Exception as error:
             self._differing(arguments, own, type(error).__name__)  # the others wait for this
             raise
@@ -81,7 +87,7 @@ class Encoding:
         """Compare what was asked for and what came of it; also where nothing is split, for another rank may split."""
         # The embeddings would tell, had each rank made them; who is given them all needs no encoders.
         parts = [getattr(self.pipe, f"text_encoder{number}", None) for number in _NUMBERS if own]
-        encoders = [fingerprint(part) for part in parts if part is not None]
+        encoders = [fingerprint(part, _device(self.pipe, arguments)) for part in parts if part is not None]
         facts = {
             "guidance on or off (--guidance_scale)": bool(arguments.get("do_classifier_free_guidance")),
             "prompts (--prompt, --negative_prompt)": (

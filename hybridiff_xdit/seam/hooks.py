@@ -1,431 +1,330 @@
 """Apply `hybrid-cond` to a diffusers pipeline, and take it off again.
 
-The pipeline's own loop, guidance, scheduler and callbacks stay as they are. Its denoiser is called as always with the
-CFG batch [uncond, cond]; the call is answered by the group of ranks with (pred_u, pred_c) in the same layout. The
-public verbs stand at the end of the file.
+The pipeline's own loop, guidance, scheduler and callbacks stay as they are. What is watched is the pipeline's call, and
+for as long as that lasts its denoisers and its scheduler: outside a call these are as they were, and a pipeline that
+shares them runs as it always did. The public verbs stand at the end of the file.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-import math
 import os
 import platform
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
-from functools import lru_cache, wraps
+from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 
 from ..config import HybridConfig
-from ..estimates.base import Pair, Rule
-from ..estimates.published import Mixed
-from ..estimates.rules import RULES
+from ..evaluate.calls import Call, read_call
 from ..evaluate.graphs import Graphs, release_before_groups
-from ..evaluate.stages.anatomy import Anatomy, Inputs
-from ..evaluate.stages.executor import Branch, Executor
+from ..evaluate.stages.executor import Executor
 from ..evaluate.stages.families import read
+from ..evaluate.streams import Streams
 from ..evaluate.tokens import SequenceSplit
-from ..ranks.agreement import differing, disagreement, fingerprint
+from ..ranks.agreement import differing, disagreement, fingerprint, leave
 from ..ranks.comm import Comm, Solo, checksum
 from ..report import write_report
-from ..schedule.discrepancy import Trial, rel_mae
-from ..schedule.plan import FULL, PIPELINED, SKIPPED, Plan, Policy, StepKind
-from ..schedule.policies import make_policy
-from ..schedule.sampler import Sampler, read_sampler
-from ..trees import map_tensors, tensors_of
+from .coupling import settings_of
 from .encoding import Encoding
+from .run import Run, Setting
+from .watch import watch
 
 logger = logging.getLogger(__name__)
 
-_SESSION = "_hybrid_cond"
+#: Components of a pipeline that predict. (A pipeline need not have all, and may call several within a run.)
+DENOISERS = ("transformer", "transformer_2", "unet", "unconditional_transformer", "prior", "decoder")
 
-
-class _Unread(NamedTuple):
-    """Measurements of a FULL step, on their way to the host."""
-
-    step: int
-    values: torch.Tensor  # [discrepancy, drifted, two errors per trial of the rule ...], on the host
-    arrival: torch.cuda.Event | None  # when they are there
-    distances: list[float]  # of the trials
-
-
-class _Run:
-    """State of one run: one call of the pipeline, one pass through the scheduler's timesteps."""
-
-    def __init__(
-        self,
-        num_steps: int,
-        policy: Policy,
-        rule: Rule,
-        sampler: Sampler | None,
-        is_guided: bool,
-        timesteps: torch.Tensor,
-    ) -> None:
-        self.num_steps = num_steps
-        self._timesteps = timesteps  # kept, so that their addresses stay theirs
-        self._host_timesteps = dict(zip((t.data_ptr() for t in timesteps), timesteps.cpu(), strict=True))
-        self.policy = policy
-        self.rule = rule
-        self.sampler = sampler
-        self.kinds: list[StepKind] = []
-        self.discrepancy: list[tuple[int, float]] = []
-        self.trials: list[tuple[int, list[Trial]]] = []
-        self.unread: list[_Unread] = []
-        self.is_guided = is_guided
-        self.is_known = False  # whether a FULL step lies behind, and the guidance has been on since
-
-    def time(self, step: int) -> float:
-        """Time of a step, in which boundaries are extrapolated."""
-        return float(step) if self.sampler is None else self.sampler.times[step]
-
-    def on_host(self, value: Any) -> Any:
-        """A timestep of the run in host memory, anything else as it is.
-
-        Schedulers look up tables in host memory by the timestep: from the GPU's, each would wait for the step before.
-        """
-        is_scalar = isinstance(value, torch.Tensor) and value.is_cuda and not value.ndim
-        return self._host_timesteps.get(value.data_ptr(), value) if is_scalar else value
-
-    @property
-    def step(self) -> int:
-        return len(self.kinds)
+_SESSIONS: WeakKeyDictionary[Any, _Session] = WeakKeyDictionary()
 
 
 class _Session:
-    """`hybrid-cond` on one pipeline: some of its methods replaced, and the current run."""
+    """`hybrid-cond` on one pipeline, and the run that is on."""
 
     def __init__(
-        self, pipe: Any, anatomy: Anatomy, config: HybridConfig, comm: Comm, sequence: SequenceSplit | None, model: str
+        self, pipe: Any, config: HybridConfig, comm: Comm, sequence: SequenceSplit | None, model: str, is_apart: bool
     ) -> None:
-        self.pipe, self.anatomy, self.config, self.comm, self.model = pipe, anatomy, config, comm, model
-        self.sequence = sequence
-        self.denoiser: Any = anatomy.denoiser
-        self.graphs = Graphs(self.denoiser, is_on=config.cuda_graphs is not False)
+        self.config, self.comm, self.sequence, self.model = config, comm, sequence, model
         self.across = sequence.comm if sequence else None
-        self.executor = Executor(anatomy, comm, self.graphs, self.across, config.stages)
-        self.signature = inspect.signature(type(self.denoiser).forward)
-        self.run: _Run | None = None
         self.report: dict[str, Any] | None = None
+        self.run: Run | None = None
+        self._graphs: WeakKeyDictionary[torch.nn.Module, Graphs] = WeakKeyDictionary()
         self._warned: set[str] = set()
+        self._context: str | None = None
+        self._is_running = self._has_timesteps = False
         self._bar: Any = None
-        self._undo: list[tuple[Any, str, Any]] = []
-        self.scheduler: Any = None
-        if sequence is not None:
-            sequence.apply(anatomy)
-            release_before_groups(self.graphs)  # they hold the exchanges between its ranks
-        # A denoiser compiled as a whole calls this as it is: what kind a step is, is no matter for a graph.
-        self.forward = self._replace(self.denoiser, "forward", torch.compiler.disable(self._forward))
-        self.progress_bar = self._replace(pipe, "progress_bar", self._progress_bar)
+        self._undo = ExitStack()
+        executor = None
+        if sequence is not None or config.has_stages:
+            anatomy = read(denoiser_of(pipe))
+            if sequence is not None:
+                sequence.apply(anatomy)
+                self._undo.callback(sequence.remove)
+                release_before_groups(self.graphs(anatomy.denoiser))  # they hold the exchanges between its ranks
+            if config.has_stages:
+                executor = Executor(anatomy, comm, self.graphs(anatomy.denoiser), self.across, config.stages)
+        streams = Streams(comm, self.across, self.graphs, is_apart)
+        self.setting = Setting(config, streams, executor, self._warn)
+        handlers: dict[str, Any] = {"__call__": partial(self._call, pipe_ref(pipe))}
         if comm.size > 1 and hasattr(pipe, "encode_prompt"):
             encoding = Encoding(pipe, comm, self.across)
-            self._replace(pipe, "check_inputs", encoding.check_inputs)
-            self._replace(pipe, "encode_prompt", encoding.encode_prompt)
-        self._watch_scheduler()
+            handlers |= {"check_inputs": encoding.check_inputs, "encode_prompt": encoding.encode_prompt}
+        self._undo.callback(watch(pipe, progress_bar=self._progress_bar, **handlers))
 
     def close(self) -> None:
-        """Put every replaced method back as it was."""
-        self.executor.drain()
-        self.graphs.clear()
-        if self.sequence is not None:
-            self.sequence.remove()
-        for owner, name, before in reversed(self._undo):
-            if before is None:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, before)
-        self._undo.clear()
+        """Put everything back as it was. Waits for no other rank."""
+        self._undo.close()
+        if self.setting.executor is not None:
+            self.setting.executor.forget()
+        for graphs in self._graphs.values():
+            graphs.clear()
+        self.run = None
 
-    def _replace(self, owner: Any, name: str, method: Any) -> Any:
-        self._undo.append((owner, name, vars(owner).get(name)))
-        original = getattr(owner, name)
-        setattr(owner, name, method)
-        return original
-
-    def _watch_scheduler(self) -> None:
-        """A run begins where the scheduler's timesteps are set; the pipeline's scheduler may be another by then."""
-        self.scheduler = self.pipe.scheduler
-        original = self.scheduler.set_timesteps
-
-        @wraps(original)  # pipelines look at its signature
-        def set_timesteps(*args: Any, **kwargs: Any) -> Any:
-            self.run = None
-            return original(*args, **kwargs)
-
-        self._replace(self.scheduler, "set_timesteps", set_timesteps)
-        original_step = self.scheduler.step
-
-        @wraps(original_step)
-        def step(*args: Any, **kwargs: Any) -> Any:
-            extra = {name: value for name, value in kwargs.items() if name not in ("generator", "return_dict")}
-            run = self.run
-            if extra and run is not None and run.sampler is not None and run.step == 1:
-                # What the loop adds (eta) is known with its first call only, before the scheduler has stepped.
-                run.sampler = read_sampler(self.scheduler, run.time(0), run.num_steps, **extra)
-                run.rule.sampler = run.policy.sampler = run.sampler
-            if run is not None:
-                args = tuple(map(run.on_host, args))
-            return original_step(*args, **kwargs)
-
-        self._replace(self.scheduler, "step", step)
-
-    def _progress_bar(self, *args: Any, **kwargs: Any) -> Any:
-        self._bar = self.progress_bar(*args, **kwargs)
-        return self._bar
+    def graphs(self, denoiser: torch.nn.Module) -> Graphs:
+        """How a denoiser's kernels are launched."""
+        if denoiser not in self._graphs:
+            self._graphs[denoiser] = Graphs(denoiser, is_on=self.config.cuda_graphs is not False)
+        return self._graphs[denoiser]
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
             logger.warning(message)
 
-    # A step.
+    # A call of the pipeline.
 
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        inputs = self.signature.bind(None, *args, **kwargs).arguments
-        inputs.pop("self")
-        if inputs.get("skip_layers") is not None:  # skip-layer guidance: a third evaluation within the step
-            return self.forward(*args, **kwargs)
-        if not isinstance(inputs["timestep"], torch.Tensor):  # a number would be part of what a CUDA graph holds fixed
-            inputs["timestep"] = torch.as_tensor(inputs["timestep"], device=next(tensors_of(inputs)).device)
-        if self.scheduler is not self.pipe.scheduler:
-            self._watch_scheduler()
-            self.run = None
+    def _call(self, pipe_of: Callable[[], Any], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        pipe = pipe_of()
+        if self._is_running:
+            raise RuntimeError(
+                "hybrid-cond: the pipeline is called while another call of it is running (from another thread?). "
+                "One run at a time: give each thread a pipeline and a process group of its own."
+            )
+        self._is_running, self._has_timesteps, self.run, self.report = True, False, None, None
+        self.comm.bytes_sent = 0
+        self._arguments = inspect.signature(original).bind_partial(*args, **kwargs).arguments
+        if "_num_timesteps" in vars(pipe):
+            vars(pipe)["_num_timesteps"] = None  # of the call before
+        try:
+            with self._watching(pipe):
+                output = original(*args, **kwargs)
+                self._end_early(pipe)
+                return output
+        except Exception:
+            self._leave(pipe)
+            raise
+        finally:
+            self._is_running, self.run, self._bar = False, None, None
+
+    @contextmanager
+    def _watching(self, pipe: Any) -> Iterator[None]:
+        """Watch what the pipeline has now for a denoiser and a scheduler: both may have been replaced since."""
+        with ExitStack() as stack:
+            for denoiser in _denoisers(pipe):
+                handlers: dict[str, Any] = {
+                    "__call__": partial(self._denoise, pipe, denoiser),
+                    "cache_context": self._cache_context,
+                }
+                stack.callback(watch(denoiser, **handlers))
+            scheduler = pipe.scheduler
+            steps: dict[str, Any] = {"set_timesteps": self._set_timesteps, "step": partial(self._step, scheduler)}
+            stack.callback(watch(scheduler, **steps))
+            device = getattr(pipe, "_execution_device", None)
+            if isinstance(device, torch.device) and device.type == "cuda" and device.index is not None:
+                stack.enter_context(torch.cuda.device(device))  # events and graphs are of the current one
+            yield
+
+    @contextmanager
+    def _cache_context(self, original: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        before, self._context = self._context, name
+        try:
+            with original(name, *args, **kwargs) as entered:
+                yield entered
+        finally:
+            self._context = before
+
+    def _progress_bar(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._bar = original(*args, **kwargs)
+        return self._bar
+
+    def _set_timesteps(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.run is not None and not self.run.is_over:
+            self.run.leave()  # a pipeline that makes its pictures in several passes
+        self.run = None
+        result = original(*args, **kwargs)
+        self._has_timesteps = True
+        return result
+
+    def _denoise(
+        self, pipe: Any, denoiser: torch.nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if not self._has_timesteps or (self.run is not None and self.run.is_over):
+            return original(*args, **kwargs)
+        call = read_call(denoiser, original, args, kwargs, self._context)
         if self.run is None:
-            self.run = self._begin(inputs)
+            self.run = self._begin(pipe, call)
+        return self.run.answer(call)
+
+    def _step(self, scheduler: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         run = self.run
-        if not run.is_guided or run.step >= run.num_steps:
-            return self.forward(*args, **kwargs)
-        if not self.pipe.do_classifier_free_guidance:  # a callback has turned the guidance off
-            run.kinds.append(FULL)
-            run.is_known = False
-            output = self.forward(*args, **kwargs)
-        else:
-            pred = torch.cat(self._evaluate(run, inputs))  # [2B, C, H, W]
-            output = (pred,) if inputs.get("return_dict") is False else self._output_class()(sample=pred)
-        if run.step == run.num_steps:
-            self._end(run)
-        return output
-
-    def _evaluate(self, run: _Run, inputs: Inputs) -> Pair:
-        """Answer one call of the denoiser, both branches at once."""
-        branches = _branches({**inputs, "return_dict": False})
-        if run.unread and run.policy.reads_discrepancy(run.unread[-1].step):
-            self._read(run, keep=run.policy.lag)
-        guidance = float(getattr(self.pipe, "guidance_scale", 2.0)) - 1
-        step, kind = run.step, run.policy.kind(run.step, guidance)
-        # Guidance that was off for a step leaves nothing to go on from: every rank sees that and evaluates FULL.
-        if not run.is_known:
-            kind = FULL
-        with torch.profiler.record_function(f"step {step} {kind.name}"):
-            pair = self._answer(run, kind, branches, inputs, guidance)
-        run.kinds.append(kind)
+        if run is None or run.is_over:
+            return original(*args, **kwargs)
+        given = _signature_of(type(scheduler)).bind(None, *args, **kwargs).arguments
+        extra = {name: value for name, value in kwargs.items() if isinstance(value, int | float) and name not in _OURS}
+        is_last = run.end_step(given["model_output"], given["timestep"], given["sample"], extra)
+        result = original(*map(run.on_host, args), **{name: run.on_host(value) for name, value in kwargs.items()})
         self._show(run)
-        return pair
-
-    def _answer(
-        self, run: _Run, kind: StepKind, branches: dict[Branch, Inputs], inputs: Inputs, guidance: float
-    ) -> Pair:
-        """(pred_u, pred_c) of a step of this kind."""
-        step = run.step
-        if kind is SKIPPED:
-            pair = run.rule.skipped(step, guidance)
-        elif kind is PIPELINED:
-            pred = self.executor.pipelined(
-                branches,
-                run.rule.stage0_branch,
-                run.time(step),
-                hand_over=step + 1 < run.num_steps and run.policy.kind(step + 1) is PIPELINED,
-                extrapolate=run.rule.extrapolates_boundary,
-            )
-            pair = run.rule.pipelined(step, pred, guidance)
-        else:
-            pred_u, pred_c, drifted = self.executor.full(
-                self.forward, branches, inputs, run.time(step), extrapolate=run.rule.extrapolates_boundary
-            )
-            trials = run.rule.trials(step, pred_u, pred_c, guidance) if run.policy.reads_trials else []
-            measured = [rel_mae(pred_u, pred_c), drifted.float(), *(error for trial in trials for error in trial[1:])]
-            values, arrival = torch.stack(measured).to("cpu", non_blocking=True), None
-            if drifted.is_cuda:  # waiting for the copy alone leaves what is queued behind it running
-                arrival = torch.cuda.Event()
-                arrival.record()
-            run.unread.append(_Unread(step, values, arrival, [trial.distance for trial in trials]))
-            pair = run.rule.full(step, pred_u, pred_c, guidance)
-            run.is_known = True
-            # Reading makes the host wait, and the GPU then for the host: what no policy needs is read a FULL step late.
-            self._read(run, keep=1)
-        return pair
-
-    def _read(self, run: _Run, keep: int) -> None:
-        """Bring measurements to the host, but for the last ``keep``.
-
-        Every rank reads the same values at the same step (the exchange gave all ranks the same bits, and the ranks'
-        devices are of one type), so all raise or none, and all take the same decision.
-        """
-        while len(run.unread) > keep:
-            step, values, arrival, distances = run.unread.pop(0)
-            if arrival is not None:
-                arrival.synchronize()
-            discrepancy, drifted, *errors = values.tolist()
-            if drifted:
-                raise _drifted(step)
-            trials = list(map(Trial, distances, errors[::2], errors[1::2]))
-            run.discrepancy.append((step, discrepancy))
-            run.trials.append((step, trials))
-            if run.policy.reads_discrepancy(step):
-                run.policy.observe(step, discrepancy, trials)
+        if is_last:
+            self._report(run, run.finish())
+        return result
 
     # A run.
 
-    def _begin(self, inputs: Inputs) -> _Run:
+    def _begin(self, pipe: Any, call: Call) -> Run:
         """Check that the ranks agree and that the configuration fits, before anything is evaluated."""
-        self.comm.bytes_sent = 0
-        self.report = None
-        num_steps = int(self.pipe.num_timesteps)
-        self._agree(inputs, num_steps)
-        self.executor.drain()
-        config = self.config
-        is_guided = bool(self.pipe.do_classifier_free_guidance)
-        if not is_guided:
-            self._warn("hybrid-cond: guidance is off (guidance_scale <= 1), so every rank evaluates the whole model.")
-            config = HybridConfig(policy="cfg")
-        # Where nothing is approximated, no rule is needed; but FULL steps of several stages may be extrapolated to.
-        is_exact = config.policy == "cfg" and config.stages == 2
-        rule = Mixed if is_exact else RULES[str(config.guidance)]
-        sampler = None
-        if config.policy == "adaptive" or rule.needs_sampler:
-            start = float(inputs["timestep"].flatten()[0])
-            sampler = read_sampler(self.pipe.scheduler, start, num_steps)
-        policy = make_policy(config, num_steps, self.anatomy.family, sampler)
-        if policy.may_pipeline or config.stages > 2:  # FULL steps then have stages too
-            self.anatomy.check_inputs(inputs)
-            is_timed = config.balance != "flops" and self.sequence is None
-            self.executor.prepare(_branches(inputs)["cond"], is_timed)
-        self.graphs.begin(next(tensors_of(inputs)).device)
-        return _Run(num_steps, policy, rule(sampler), sampler, is_guided, self.scheduler.timesteps)
+        hint = vars(pipe).get("_num_timesteps")
+        self._agree(pipe, call, hint)
+        for denoiser in _denoisers(pipe):
+            self.graphs(denoiser).begin(call.tensors[0].device)
+        try:
+            return Run(self.setting, pipe.scheduler, hint if isinstance(hint, int) else None)
+        except ValueError:
+            self._has_timesteps, self._is_agreed = False, True
+            raise
 
-    def _agree(self, inputs: Inputs, num_steps: int) -> None:
+    def _agree(self, pipe: Any, call: Call, hint: Any) -> None:
         """Compare what must be the same on every rank, by one small exchange whose size depends on nothing."""
-        pipe, denoiser = self.pipe, self.denoiser
-        tensors = dict(inputs)
-        noise = tensors.pop("sample" if "sample" in inputs else "hidden_states")
-        timesteps = pipe.scheduler.timesteps
+        if self.comm.size == 1 and self.across is None:
+            return
+        device = call.tensors[0].device
         # Reductions give the same bits only on the same hardware with the same number of threads.
-        is_cuda = noise.device.type == "cuda"
-        device = torch.cuda.get_device_name(noise.device) if is_cuda else (platform.machine(), torch.get_num_threads())
-        shapes = [tuple(t.shape) for t in tensors_of(inputs)]
-        dtypes = [str(t.dtype) for t in tensors_of(inputs)]
+        is_cuda = device.type == "cuda"
+        machine = torch.cuda.get_device_name(device) if is_cuda else (platform.machine(), torch.get_num_threads())
+        others = [value for name, value in call.inputs.items() if value is not call.latents]
+        denoisers, scheduler = _denoisers(pipe), pipe.scheduler
+        arguments = self._arguments.items()
         facts: dict[str, Any] = {
-            "guidance on or off (--guidance_scale)": bool(pipe.do_classifier_free_guidance),
-            "number of steps (--num_inference_steps)": num_steps,
-            "strategy (--hybrid_* flags)": str(self.config),
-            "model (--model)": _settings(denoiser),
-            "model weights or adapters (--model)": fingerprint(denoiser),
-            "device types or CPU threads (OMP_NUM_THREADS)": device,
-            "dtypes": dtypes,
-            "number of prompts, pictures, or the resolution": shapes,
-            "scheduler": _settings(pipe.scheduler),
-            "timesteps": checksum(torch.as_tensor(timesteps)),
-            "initial noise (give every rank a generator with the same seed: --seed)": checksum(noise),
-            "prompts (--prompt, --negative_prompt)": checksum(tensors),
+            "guidance (--guidance_scale)": [(name, value) for name, value in arguments if _is_guidance(name, value)],
+            "number of steps (--num_inference_steps)": (len(scheduler.timesteps), hint),
+            "strategy (--hybrid_* flags)": str(self.config.agreed()),
+            "model (--model)": [_settings(denoiser) for denoiser in denoisers],
+            "model weights or adapters (--model)": checksum([fingerprint(d, device) for d in denoisers]),
+            "adapters in use, their scales, or attention processors": [settings_of(d) for d in denoisers],
+            "device types or CPU threads (OMP_NUM_THREADS)": machine,
+            "dtypes": [str(tensor.dtype) for tensor in call.tensors],
+            "number of prompts, pictures, or the resolution": [tuple(tensor.shape) for tensor in call.tensors],
+            "scheduler": _settings(scheduler),
+            "timesteps": checksum(torch.as_tensor(scheduler.timesteps)),
+            "initial noise (give every rank a generator with the same seed: --seed)": checksum(call.latents),
+            "prompts (--prompt, --negative_prompt)": checksum([torch.zeros(1, device=device), others]),
         }
-        if names := differing(facts, self.comm, self.across, noise.device):
+        self._is_agreed = True  # whatever is raised from here to the first evaluation is raised on all ranks
+        if names := differing(facts, self.comm, self.across, device):
+            self._has_timesteps = False
             raise disagreement(names)
 
-    def _end(self, run: _Run) -> None:
-        self._read(run, keep=0)
-        if self.executor.drifted():
-            raise _drifted(run.num_steps - 1)
-        self.executor.drain()
-        plan = Plan(run.kinds)
-        degree = self.sequence.comm.size if self.sequence else 1
-        mine = torch.tensor([self.comm.bytes_sent], device=next(self.denoiser.parameters()).device)
-        bytes_sent = [int(count) for count in self.comm.all_gather(mine)]
+    def _end_early(self, pipe: Any) -> None:
+        """The pipeline has come to its end before the run has: it was interrupted, or left timesteps out."""
+        run = self.run
+        if run is None or run.is_over:
+            return
+        is_interrupted = bool(getattr(pipe, "_interrupt", False))
+        if not run.leave():
+            why = "interrupted" if is_interrupted else "its pipeline made fewer steps"
+            raise RuntimeError(
+                f"hybrid-cond: this rank left the run after step {run.step} of {run.num_steps} ({why}), others did "
+                "not. Interrupt it on every rank at the same step. The run has ended on every rank."
+            )
+        if not is_interrupted:
+            self._report(run, run.engine.report() | {"bytes_sent": [self.comm.bytes_sent]})
+
+    def _leave(self, pipe: Any) -> None:
+        """An error ends this rank's call: let the others know, if they can still be waiting for it."""
+        run = self.run
+        try:
+            if run is not None:
+                if not run.is_over:
+                    run.leave()
+            elif not self._is_agreed and self.comm.size > 1:
+                leave(self.comm, self.across, torch.device(pipe._execution_device))
+        except Exception as error:
+            logger.warning("hybrid-cond: the other ranks could not be told of the error (%s).", error)
+
+    def _report(self, run: Run, found: dict[str, Any]) -> None:
+        config, degree = self.config, self.across.size if self.across else 1
         self.report = {
             "model": self.model,
-            "config": {**asdict(self.config), "report": self.config.report and os.fspath(self.config.report)},
+            "config": {**asdict(config), "report": config.report and os.fspath(config.report)},
             "num_steps": run.num_steps,
-            "plan": str(plan),
-            "discrepancy": [[step, _finite(value)] for step, value in run.discrepancy],
-            "trials": [
-                [step, [list(map(_finite, trial)) for trial in trials]] for step, trials in run.trials if trials
-            ],
-            "tau_1": run.policy.tau_1,
-            "tau_2": run.policy.tau_2,
-            "speedup_bound": plan.speedup_bound(self.config.stages),
-            "bytes_sent": bytes_sent,
+            **found,
             "seconds_per_step": None,  # timing waits for the GPU: benchmarks/ measures it
             "world_size": self.comm.size * degree,
             "sequence_degree": degree,
             "versions": _versions(),
         }
-        if self.config.report is not None and self.comm.rank == 0 and not (self.sequence and self.sequence.comm.rank):
-            write_report(self.report, Path(self.config.report))
+        if config.report is not None and self.comm.rank == 0 and not (self.across and self.across.rank):
+            write_report(self.report, Path(config.report))
 
-    def _show(self, run: _Run) -> None:
-        if self._bar is not None:
-            plan = Plan(getattr(run.policy, "plan", run.kinds))
-            last = f", M={run.discrepancy[-1][1]:.3f}" if run.discrepancy else ""
-            self._bar.set_postfix_str(f"{plan.phase(run.step - 1).name} {run.kinds[-1].name}{last}", refresh=False)
+    def _show(self, run: Run) -> None:
+        if hasattr(self._bar, "set_postfix_str") and run.engine.kinds:
+            last = f", M={run.engine.discrepancy[-1][1]:.3f}" if run.engine.discrepancy else ""
+            self._bar.set_postfix_str(f"{run.engine.kinds[-1].name}{last}", refresh=False)
 
-    def _output_class(self) -> Any:
-        """The class of the denoiser's output, for a caller that did not ask for a tuple."""
-        module = inspect.getmodule(type(self.denoiser))
-        names = ("UNet2DConditionOutput", "Transformer2DModelOutput")
-        return next(getattr(module, name) for name in names if hasattr(module, name))
+
+#: Arguments of a scheduler's step that change nothing of how it weighs predictions.
+_OURS = ("return_dict",)
+
+
+@lru_cache(maxsize=32)
+def _signature_of(cls: Any) -> inspect.Signature:
+    return inspect.signature(cls.step)
+
+
+def pipe_ref(pipe: Any) -> Callable[[], Any]:
+    """A pipeline by reference only: what watches it must not keep it alive."""
+    import weakref
+
+    return weakref.ref(pipe)
+
+
+def _is_guidance(name: str, value: Any) -> bool:
+    return isinstance(value, int | float) and any(word in name for word in ("guidance", "cfg"))
+
+
+def _denoisers(pipe: Any) -> list[Any]:
+    """The pipeline's denoisers, as it calls them; each once."""
+    found = (getattr(pipe, name, None) for name in DENOISERS)
+    return list({id(part): part for part in found if isinstance(part, torch.nn.Module)}.values())
 
 
 def denoiser_of(pipe: Any) -> torch.nn.Module:
-    """The pipeline's denoiser, as it is beneath ``torch.compile``.
+    """The pipeline's (first) denoiser, as it is beneath ``torch.compile``.
 
     Raises:
-        ValueError: it has none, or does not do classifier-free guidance.
+        ValueError: it has none, or no scheduler.
     """
-    parts = (getattr(pipe, name, None) for name in ("transformer", "unet"))
-    denoiser = next((part for part in parts if part is not None), None)
-    if denoiser is None or not hasattr(type(pipe), "do_classifier_free_guidance"):
+    denoisers = _denoisers(pipe)
+    if not denoisers or getattr(pipe, "scheduler", None) is None:
         raise ValueError(
-            f"hybrid-cond needs a pipeline that does classifier-free guidance with a `unet` or a `transformer`; "
-            f"{type(pipe).__name__} is none."
+            f"hybrid-cond needs a pipeline with a scheduler and a denoiser ({', '.join(DENOISERS)}); "
+            f"{type(pipe).__name__} has none."
         )
-    return getattr(denoiser, "_orig_mod", denoiser)
-
-
-def _branches(inputs: Inputs) -> dict[Branch, Inputs]:
-    """The arguments of each branch, batch B, from those of both, batch 2B in the order uncond, cond."""
-    batch = next(tensors_of(inputs)).shape[0]
-    if batch % 2:
-        raise ValueError(f"hybrid-cond: guidance is on, but the denoiser's batch is {batch}, not [uncond, cond].")
-
-    def half(index: int) -> Inputs:
-        return map_tensors(
-            lambda t: t.chunk(2)[index] if t.ndim and t.shape[0] == batch else t,
-            inputs,
-        )
-
-    return {"uncond": half(0), "cond": half(1)}
-
-
-def _drifted(step: int) -> RuntimeError:
-    return RuntimeError(
-        f"hybrid-cond: at step {step} the ranks' latents or prompts are no longer the same. They drifted apart since "
-        "the last FULL step or the one before: give every rank the same generator seed, scheduler, dtype and callbacks."
-    )
+    return getattr(denoisers[0], "_orig_mod", denoisers[0])
 
 
 def _settings(component: Any) -> list[str]:
     """Class and configuration of a diffusers component, without its private fields (paths, unordered sets)."""
-    fields = [f"{key}={value}" for key, value in component.config.items() if not key.startswith("_")]
+    config = getattr(component, "config", {})
+    fields = [f"{key}={value}" for key, value in dict(config).items() if not key.startswith("_")]
     return [type(component).__name__, *sorted(fields)]
-
-
-def _finite(value: float) -> float | None:
-    """For JSON, which has no nan and no infinity."""
-    return value if math.isfinite(value) else None
 
 
 @lru_cache(maxsize=1)
@@ -446,31 +345,34 @@ def apply_hybrid(
     model: str | None = None,
     simulate: bool = False,
 ) -> Any:
-    """Make a pipeline run `hybrid-cond` on the ranks of a group, half of them a branch's.
-
-    They are two, or as many as `HybridConfig.stages`; each may be one of a group of its own that splits the tokens.
+    """Make a pipeline run `hybrid-cond`, on one process or on the ranks of a group.
 
     Call it on every rank (one process a GPU, under torchrun, after ``torch.distributed.init_process_group``) with the
     pipeline on this rank's device, and then the pipeline with the same arguments and the same generator seed on every
-    rank; every rank returns the pictures. Applying again replaces the configuration.
+    rank; every rank returns the pictures. On one process steps are saved where they are SKIPPED. It holds for this
+    pipeline object: one that shares its components runs as it is, unless it is applied to that too. Applying again
+    replaces the configuration.
 
     Args:
-        pipe: a diffusers pipeline with classifier-free guidance: Stable Diffusion 3 and XL, 1.5 and 2.1, and their
-            image-to-image and inpainting relatives.
+        pipe: a diffusers pipeline with a scheduler and a denoiser. How it asks for the branches of its guidance is
+            learnt on the first step of a run: as one batch, or one call each; without guidance there is one.
         config: the strategy; default `HybridConfig()`, the adaptive policy at its default tolerance.
-        group: as many ranks as stages, uncond's first, then cond's; default the default group.
+        group: the ranks, uncond's first, then cond's; default the default group. PIPELINED steps need as many as there
+            are stages; else there may be any number, of which not more than there are streams have work to do.
         sequence: splits the tokens of what this rank evaluates over a group of its own (an MMDiT's; `xdit.sequence`
             makes it on xDiT's groups). ``group`` is then this rank and those of equal place in the other such groups.
         model: name for the report; default the checkpoint the pipeline was loaded from.
-        simulate: this process plays all ranks in turn, on its own: their pictures, without their speed.
+        simulate: this process plays two ranks (or as many as there are stages) in turn, on its own: their pictures,
+            without their speed.
 
     Returns:
         The pipeline.
 
     Raises:
-        ValueError: the pipeline's denoiser is not understood or has no tokens to split, or the group has not as many
-            ranks as there are stages.
-        RuntimeError: (from the pipeline's call) the ranks differ in what must be the same, or one stopped answering.
+        ValueError: the pipeline has no denoiser or scheduler, the denoiser is not understood where steps may be
+            PIPELINED, or the group has not as many ranks as there are stages.
+        RuntimeError: (from the pipeline's call) the ranks differ in what must be the same, one left the run, or one
+            stopped answering.
     """
     config = config or HybridConfig()
     remove_hybrid(pipe)
@@ -481,40 +383,44 @@ def apply_hybrid(
             "torch.distributed.init_process_group() before apply_hybrid()."
         )
     size = dist.get_world_size(group) if dist.is_initialized() and not simulate else 1
-    if size not in (1, config.stages):
+    if config.has_stages and size not in (1, config.stages):
         raise ValueError(
             f"hybrid-cond with --hybrid_stages {config.stages} (HybridConfig.stages) runs on {config.stages} ranks, "
             f"but the group has {size}. Start it with --nproc_per_node {config.stages}, pass group= with as many, "
             "or give another number of stages."
         )
-    denoiser = denoiser_of(pipe)
-    is_wrapped = all(getattr(pipe, name, None) is not denoiser for name in ("transformer", "unet"))
-    if is_wrapped or denoiser._compiled_call_impl is not None:
-        logger.warning(
-            "hybrid-cond answers the denoiser's calls itself, so that compiling the whole denoiser has no effect. "
-            "Compile its blocks: block.forward = torch.compile(block.forward)."
-        )
-    anatomy = read(denoiser)
+    denoiser_of(pipe)
     if config.report is not None:
         Path(config.report).mkdir(parents=True, exist_ok=True)
-    if size == 1 and not simulate:
+    if size == 1 and config.has_stages and not simulate:
         logger.warning(
-            "hybrid-cond needs %d ranks and there is one: the pipeline runs as it always does.", config.stages
+            "hybrid-cond: PIPELINED steps need %d ranks and there is one: the pipeline runs as it always does. On one "
+            "GPU use --hybrid_kinds FS.",
+            config.stages,
         )
         return pipe
     name = model or getattr(pipe, "name_or_path", None) or type(pipe).__name__
-    comm = Solo() if simulate else Comm(group)
-    setattr(pipe, _SESSION, _Session(pipe, anatomy, config, comm, sequence, str(name)))
+    comm = Solo() if size == 1 else Comm(group)
+    _SESSIONS[pipe] = _Session(pipe, config, comm, sequence, str(name), is_apart=simulate)
     return pipe
 
 
 def remove_hybrid(pipe: Any) -> Any:
     """Take `hybrid-cond` off a pipeline, which then is as it was before. Nothing to do is no error."""
-    session = getattr(pipe, _SESSION, None)
+    session = _SESSIONS.pop(_own(pipe), None)
     if session is not None:
         session.close()
-        delattr(session.pipe, _SESSION)
     return pipe
+
+
+@contextmanager
+def hybrid(pipe: Any, config: HybridConfig | None = None, **kwargs: Any) -> Iterator[Any]:
+    """`apply_hybrid` for the length of a ``with`` block; takes the same arguments."""
+    apply_hybrid(pipe, config, **kwargs)
+    try:
+        yield pipe
+    finally:
+        remove_hybrid(pipe)
 
 
 def last_report(pipe: Any) -> dict[str, Any] | None:
@@ -527,5 +433,10 @@ def last_report(pipe: Any) -> dict[str, Any] | None:
     the denoising: without the texts' embeddings), ``seconds_per_step`` (None where not measured), ``world_size``,
     ``sequence_degree``, ``versions``.
     """
-    session = getattr(pipe, _SESSION, None)  # xDiT's wrapper of a pipeline hands the question on
+    session = _SESSIONS.get(_own(pipe))
     return None if session is None else session.report
+
+
+def _own(pipe: Any) -> Any:
+    """The diffusers pipeline in a wrapper of xDiT's."""
+    return getattr(pipe, "module", pipe) if pipe not in _SESSIONS else pipe

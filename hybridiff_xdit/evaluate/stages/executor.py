@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...ranks.comm import Comm, Gathering, Transfer, checksum
 from ...schedule.plan import SYNCHRONOUS_STEPS
-from ...trees import tensors_of
+from ...trees import map_tensors, tensors_of
+from ..calls import Call, Structure, part
 from ..graphs import Graphs, can_capture, seconds_between
 from .anatomy import Activation, Anatomy, Boundary, Inputs
 from .cuts import Partition, Segment
@@ -124,15 +126,21 @@ class Executor:
         self._sums: Gathering | None = None  # of the last FULL step's inputs, where they are not waited for
         self._outgoing: list[Transfer] = []
         self._capture: Any = None
+        self.now = 0.0  # time of the FULL step that is evaluated
 
-    def prepare(self, inputs: Inputs, is_timed: bool = False) -> None:
-        """Choose the partition for one branch's inputs.
+    def begin(self, inputs: Inputs, is_timed: bool = False) -> None:
+        """Begin a run: choose the partition for one branch's inputs.
 
         With two stages also watch its cut, so that a FULL step, by the denoiser's own forward, leaves its boundary.
 
         Args:
             is_timed: whether it is balanced by time, where that can be measured. The same on all ranks.
+
+        Raises:
+            ValueError: the units do not understand an input.
         """
+        self.drain()
+        self.anatomy.check_inputs(inputs)
         self._device = next(tensors_of(inputs)).device
         self._partition = self.anatomy.partition(inputs, self.stages, self._seconds(inputs) if is_timed else None)
         if self.stages == 2 and 1 in self.ranks:
@@ -141,42 +149,63 @@ class Executor:
                 lambda module, args, output: setattr(self, "_captured", unit.boundary(output))
             )
 
-    def full(
-        self,
-        forward: Callable[..., Any],
-        branches: dict[Branch, Inputs],
-        inputs: Inputs,
-        time: float,
-        *,
-        extrapolate: bool,
-    ) -> Exchange:
-        """Both branches, each on its ranks, then the exchange of predictions and of a checksum of the inputs.
+    # A FULL step of two stages is the streams' (`evaluate.streams`); it leaves the boundary at the cut.
+
+    @property
+    def name(self) -> str:
+        """Of a whole forward that is watched."""
+        return f"forward, boundary of {None if self._partition is None else self._partition.cut}"
+
+    def take(self) -> Boundary | None:
+        """The boundary that the last forward left at the cut."""
+        boundary, self._captured = self._captured, None
+        return boundary
+
+    def keep(self, branch: int, boundary: Boundary | None) -> None:
+        """Keep what a branch's forward (0 uncond, 1 cond) at time `now` left.
+
+        Raises:
+            RuntimeError: the forward did not call the module at the cut.
+        """
+        self._full_steps += 1
+        if self._capture is not None and boundary is None:
+            raise RuntimeError(
+                "hybrid-cond: the denoiser's forward did not call the block that ends a stage as a module. Compile the "
+                "blocks' forwards (block.forward = torch.compile(block.forward)) instead of the whole denoiser."
+            )
+        if self._partition is not None and boundary is not None and branch == 1:
+            self._learn("pipelined", len(self._partition.segments) - 1, _Known(self.now, boundary))
+
+    # A FULL step of more stages.
+
+    def full(self, branches: dict[Branch, Inputs], latents: Any, time: float, *, extrapolate: bool) -> Exchange:
+        """Both branches, each through its ranks, then the exchange of predictions and of a checksum of the latents.
 
         Args:
-            forward: the denoiser's own forward; the first item of what it returns is the prediction.
             branches: the forward's arguments of each branch, batch B.
-            inputs: the arguments of both together, batch 2B, which every rank holds: ranks that drifted apart are
-                found by their checksum.
+            latents: of both together, batch 2B, which every rank holds: ranks that drifted apart are found by their
+                checksum.
             time: of the step, for what is extrapolated from it and to it.
             extrapolate: old boundaries are read as the straight line through the last two at ``time``.
         """
         self._drop_due()
         self.graphs.look()
-        if self.stages == 2:
-            predictions = self._whole(forward, branches, time)
-        else:
-            predictions = self._in_stages(branches, time, extrapolate)
+        predictions = self._in_stages(branches, time, extrapolate)
         self._full_steps += 1
         if len(self.ranks) > 1:
             pred_u, pred_c = predictions
-            exchange = Exchange(pred_u, pred_c, torch.zeros((), dtype=torch.bool, device=pred_c.device))
-        elif self.stages == 2:
-            exchange = self._exchange(inputs, predictions[0])
-        else:
-            pred_u, pred_c = (self._share(predictions, rank) for rank in (self.stages // 2 - 1, self.stages - 1))
-            exchange = Exchange(pred_u, pred_c, self.drifted())
-            self._sums = self.comm.gather(checksum(inputs))
+            return Exchange(pred_u, pred_c, torch.zeros((), dtype=torch.bool, device=pred_c.device))
+        pred_u, pred_c = (self._share(predictions, rank) for rank in (self.stages // 2 - 1, self.stages - 1))
+        exchange = Exchange(pred_u, pred_c, self.drifted())
+        self._sums = self.comm.gather(checksum(latents))
         return exchange
+
+    def structure(self, call: Call) -> Structure:
+        """What the denoiser returns of a call, found by a run on fake tensors: no rank evaluates the whole."""
+        fakes = FakeTensorMode(allow_non_fake_inputs=True)
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), fakes:
+            output = call.evaluate(**map_tensors(fakes.from_tensor, part(call, 0, 2).inputs))
+        return Structure(output, call.is_listed)
 
     def pipelined(
         self, branches: dict[Branch, Inputs], stage0_branch: Branch, time: float, *, hand_over: bool, extrapolate: bool
@@ -220,6 +249,11 @@ class Executor:
         self._drop_due()
         for transfer in self._outgoing:
             transfer.wait()
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the run, whatever is in flight: waits for no other rank."""
+        self._due = None
         self._outgoing.clear()
         if self._capture is not None:
             self._capture.remove()
@@ -238,28 +272,6 @@ class Executor:
         return None if math.isnan(mean[0]) else mean
 
     # A FULL step.
-
-    def _whole(self, forward: Callable[..., Any], branches: dict[Branch, Inputs], time: float) -> list[torch.Tensor]:
-        """The predictions of this process's branches, by the denoiser's own forward."""
-
-        def evaluate(inputs: Inputs) -> tuple[torch.Tensor, Boundary | None]:
-            pred = forward(**inputs)[0].contiguous()
-            boundary, self._captured = self._captured, None
-            return pred, boundary
-
-        name = f"forward, boundary of {None if self._partition is None else self._partition.cut}"
-        predictions = []
-        for rank in self.ranks:
-            pred, boundary = self.graphs(name, evaluate, branches["cond" if rank else "uncond"])
-            predictions.append(pred)
-        if self._capture is not None and boundary is None:
-            raise RuntimeError(
-                "hybrid-cond: the denoiser's forward did not call the block that ends a stage as a module. Compile the "
-                "blocks' forwards (block.forward = torch.compile(block.forward)) instead of the whole denoiser."
-            )
-        if self._partition is not None and boundary is not None:  # of cond, which comes last
-            self._learn("pipelined", len(self._partition.segments) - 1, _Known(time, boundary))
-        return predictions
 
     def _in_stages(self, branches: dict[Branch, Inputs], time: float, extrapolate: bool) -> list[torch.Tensor]:
         """The predictions that end on this process's ranks, each branch through its ranks."""
@@ -282,16 +294,6 @@ class Executor:
             if ranks[-1] in self.ranks:
                 predictions += left[ranks[-1]].boundary
         return predictions
-
-    def _exchange(self, inputs: Inputs, pred: torch.Tensor) -> Exchange:
-        """By one exchange of [checksum of the inputs | prediction]."""
-        header = torch.zeros(2, dtype=torch.int64, device=pred.device)  # 16 bytes: the prediction stays aligned
-        header[:1] = checksum(inputs)
-        payload = torch.cat([header.view(torch.uint8), pred.view(-1).view(torch.uint8)])
-        gathered = self.comm.all_gather(payload)
-        sums = torch.cat([part[:8].view(torch.int64) for part in gathered])
-        pred_u, pred_c = (part[16:].view(pred.dtype).view(pred.shape) for part in gathered)
-        return Exchange(pred_u, pred_c, self._differ(sums))
 
     def _differ(self, sums: torch.Tensor) -> torch.Tensor:
         """Whether checksums differ (0-d bool): those given, one of each rank of the group, and of the other places."""

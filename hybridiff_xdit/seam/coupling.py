@@ -1,0 +1,75 @@
+"""What keeps the streams of a step from being evaluated apart, or before the pipeline asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from enum import Enum
+from typing import Any
+
+from torch import nn
+
+from ..trees import modules_of
+
+#: Whose attention processors are known to keep the samples of a batch apart.
+_KNOWN = ("diffusers", "xfuser", "hybridiff_xdit")
+
+
+class Coupling(Enum):
+    """Whether the samples of a batch may see one another."""
+
+    NONE = "none"
+    UNKNOWN = "unknown"  #: an attention processor of somebody's own: to be tried out
+    COUPLED = "coupled"  #: perturbed-attention guidance, whose processors cut the batch themselves
+
+
+def coupling_of(denoiser: nn.Module) -> Coupling:
+    """What the attention processors of a denoiser tell."""
+    found = Coupling.NONE
+    for processor in _processors(denoiser):
+        if "PAG" in type(processor).__name__:
+            return Coupling.COUPLED
+        if type(processor).__module__.partition(".")[0] not in _KNOWN:
+            found = Coupling.UNKNOWN
+    return found
+
+
+def state_of(denoiser: nn.Module) -> Hashable:
+    """What a pipeline may change of a denoiser between two calls of a step: hooks, processors and adapters in use.
+
+    A guider that skips layers for one stream (skip-layer, perturbed-attention, auto-guidance) hooks the blocks before
+    that call and unhooks them after it.
+    """
+    state: list[Any] = []
+    module: Any
+    for module in modules_of(denoiser):
+        own = vars(module)
+        registry = own.get("_diffusers_hook")
+        if registry is not None:
+            state += [id(module), *(id(hook) for hook in registry.hooks.values())]
+        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            state += [id(module), *own["_forward_hooks"], *own["_forward_pre_hooks"]]
+        if "processor" in own or "processor" in own["_modules"]:
+            state.append(id(module.processor))
+        if "scaling" in own:
+            state.append((repr(own["scaling"]), repr(own.get("_active_adapter")), own.get("_disable_adapters")))
+    return tuple(state)
+
+
+def settings_of(denoiser: nn.Module) -> list[str]:
+    """Adapters in use with their scales, and attention processors with their constants, as text."""
+    found: list[str] = []
+    module: Any
+    for module in modules_of(denoiser):
+        own = vars(module)
+        if "scaling" in own:
+            found.append(repr([own.get(name) for name in ("scaling", "_active_adapter", "_disable_adapters")]))
+        processor = getattr(module, "processor", None)
+        if processor is not None:
+            held = {} if isinstance(processor, nn.Module) and not hasattr(processor, "scale") else vars(processor)
+            scales = {name: value for name, value in held.items() if isinstance(value, float | int | list | str)}
+            found.append(f"{type(processor).__name__} {scales}")
+    return found
+
+
+def _processors(denoiser: nn.Module) -> list[Any]:
+    return [module.processor for module in modules_of(denoiser) if getattr(module, "processor", None) is not None]

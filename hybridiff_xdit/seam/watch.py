@@ -1,0 +1,81 @@
+"""Methods of single objects that are answered by somebody else, for as long as they want.
+
+A watched object gets a subclass of its class, of the same name, whose methods ask the handler first. Nothing is stored
+in the object itself. So copies of it (`copy.copy`, `copy.deepcopy`, pickle) are of the original class and know nothing
+of the handlers, and handlers can be removed in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cache, partial, partialmethod, wraps
+from typing import Any
+from weakref import WeakKeyDictionary
+
+Handler = Callable[..., Any]
+
+#: Handlers of each watched object by name of the method, those that came last at the end.
+_HANDLERS: WeakKeyDictionary[Any, list[dict[str, Handler]]] = WeakKeyDictionary()
+
+
+def watch(owner: Any, **handlers: Handler) -> Callable[[], None]:
+    """Have methods of an object answered by handlers.
+
+    Args:
+        owner: the object. Of two that watch it, the one that came last is asked.
+        handlers: by name of the method; a name that the object does not have is left out. Each is called with the
+            method as it would be without us, bound to the object, and then with the caller's arguments.
+
+    Returns:
+        What ends it.
+    """
+    names = frozenset(name for name in handlers if hasattr(owner, name))
+    watching = {name: handlers[name] for name in names}
+    stack = _HANDLERS.setdefault(owner, [])
+    if not stack:
+        # Past the object's own __setattr__: a compiled module would hand the class on to the module in it.
+        object.__setattr__(owner, "__class__", _watched(type(owner), names))
+    stack.append(watching)
+    undo = ExitStack()
+    for name in names & vars(owner).keys():  # somebody has put a function there, which goes before the class
+        function = vars(owner)[name]
+        vars(owner)[name] = wraps(function)(partial(watching[name], function))
+        undo.callback(vars(owner).__setitem__, name, function)
+
+    def end() -> None:
+        undo.close()
+        stack.remove(watching)
+        if not stack:
+            _HANDLERS.pop(owner, None)
+            object.__setattr__(owner, "__class__", type(owner).__mro__[1])
+
+    return end
+
+
+@cache
+def _watched(cls: Any, names: frozenset[str]) -> type:
+    methods = {name: _method(name, getattr(cls, name)) for name in names}
+    own = {"__reduce_ex__": partialmethod(_reduce, cls), "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), {**methods, **own})
+
+
+def _method(name: str, original: Any) -> Any:
+    @wraps(original)  # pipelines look at the signatures of their scheduler's methods
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for handlers in reversed(_HANDLERS.get(self, ())):
+            if name in handlers:
+                return handlers[name](partial(original, self), *args, **kwargs)
+        return original(self, *args, **kwargs)
+
+    return method
+
+
+def _reduce(owner: Any, cls: Any, protocol: int) -> Any:
+    """What a copy is made from: an object of the original class."""
+    _, arguments, *rest = cls.__reduce_ex__(owner, protocol)
+    return (_new, (cls, *arguments[1:]), *rest)
+
+
+def _new(cls: type, *args: Any) -> Any:
+    return cls.__new__(cls, *args)
