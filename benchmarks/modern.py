@@ -54,50 +54,43 @@ QWEN_TINY |= dict(joint_attention_dim=32, in_channels=16, out_channels=4)
 QWEN_SHIFT = dict(use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02)
 WAN_TINY = dict(num_layers=4, num_attention_heads=2, attention_head_dim=12, text_dim=32, ffn_dim=32)
 WAN_FLOW = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-COLUMNS = (
-    "model",
-    "strategy",
-    "s, median (min - max)",
-    "ms a step",
-    "of floor",
-    "over one GPU",
-    "bound",
-    "error",
-    "GiB",
-)
+HEAD = "model | strategy | s, median (min - max) | ms a step | of floor | over one GPU | bound | error | GiB by rank"
 
 
 def make(model: str, device: torch.device, is_tiny: bool) -> tuple[Any, dict[str, Any]]:
     """A model's pipeline, with the same random weights on every rank, and the arguments of its call."""
     absent: dict[str, Any] = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
-    arguments: dict[str, Any]
-    with device, _made_in(torch.bfloat16):  # the classes' defaults are the published configurations
-        if model == "qwen-image":
-            denoiser: Any = diffusers.QwenImageTransformer2DModel(**QWEN_TINY if is_tiny else {})
-        elif model == "wan-14b":
-            denoiser = diffusers.WanTransformer3DModel(**WAN_TINY if is_tiny else {})
     if model == "qwen-image":
+        with device, _made_in(torch.bfloat16):  # the classes' defaults are the published configurations
+            denoiser: Any = diffusers.QwenImageTransformer2DModel(**QWEN_TINY if is_tiny else {})
         scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler(**QWEN_SHIFT)
         pipe: Any = diffusers.QwenImagePipeline(transformer=denoiser, scheduler=scheduler, **absent)
-        side, width, tokens = 128 if is_tiny else 1024, denoiser.config.joint_attention_dim, (200, 20)
-        arguments = dict(height=side, width=side, true_cfg_scale=4.0)
+        side = 128 if is_tiny else 1024
+        arguments: dict[str, Any] = dict(height=side, width=side, true_cfg_scale=4.0)
+        arguments |= embeds(denoiser, denoiser.config.joint_attention_dim, 200, 20)
     elif model == "wan-14b":
+        with device, _made_in(torch.bfloat16):
+            denoiser = diffusers.WanTransformer3DModel(**WAN_TINY if is_tiny else {})
         scheduler = diffusers.UniPCMultistepScheduler(**WAN_FLOW)
         pipe = diffusers.WanPipeline(transformer=denoiser, scheduler=scheduler, **absent)
-        width, tokens = denoiser.config.text_dim, (512, 512)  # padded, as the pipeline does
         size = dict(height=64, width=64, num_frames=9) if is_tiny else dict(height=480, width=832, num_frames=81)
-        arguments = dict(size, guidance_scale=5.0)
+        arguments = dict(size, guidance_scale=5.0, **embeds(denoiser, denoiser.config.text_dim, 512, 512))
     else:
         scenario = SCENARIOS[f"{model.partition('-')[0]}-tiny" if is_tiny else f"{model}-1024"]
         pipe = scenario.pipeline(device, torch.bfloat16)
         denoiser, arguments = pipe.unet if model == "sdxl" else pipe.transformer, scenario.arguments(pipe)
     fill(denoiser.eval())
-    if "prompt_embeds" not in arguments:
-        generator = torch.Generator().manual_seed(1)
-        for name, count in zip(("prompt_embeds", "negative_prompt_embeds"), tokens, strict=True):
-            arguments[name] = torch.randn(1, count, width, generator=generator).to(device, torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
     return pipe, dict(arguments, output_type="latent", return_dict=False)
+
+
+def embeds(denoiser: Any, width: int, cond: int, uncond: int) -> dict[str, torch.Tensor]:
+    """Random embeddings of so many tokens."""
+    generator, names = torch.Generator().manual_seed(1), ("prompt_embeds", "negative_prompt_embeds")
+    tokens = zip(names, (cond, uncond), strict=True)
+    return {
+        name: torch.randn(1, n, width, generator=generator).to(denoiser.device, torch.bfloat16) for name, n in tokens
+    }
 
 
 @torch.no_grad()
@@ -228,8 +221,9 @@ def compare(model: str, args: argparse.Namespace, where: Any) -> Iterator[list[d
         ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, found, group=where[2])
         line = lines.setdefault(what, {**facts, "strategy": what, "seconds": [], "by_rank": [], "memory": []})
-        line |= dict(plan=found.plan, bound=found.bound, refused=found.refused)
-        line["seconds"] += map(max, zip(*(rank.seconds for rank in ranks), strict=True))
+        refused = next((rank.refused for rank in ranks if rank.refused), None)  # all ranks leave it out from then on
+        line |= dict(plan=found.plan, bound=found.bound, refused=refused)
+        line["seconds"] += map(max, zip(*(rank.seconds for rank in ranks), strict=False))  # one may have none
         line["by_rank"].append([rank.seconds for rank in ranks])
         line["memory"].append([rank.memory for rank in ranks])
         line["since_start"] = time.perf_counter() - start
@@ -241,12 +235,12 @@ def compare(model: str, args: argparse.Namespace, where: Any) -> Iterator[list[d
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown, a row a model and strategy; ratios are of medians, and the error is that to one GPU's latents."""
-    rows: list[Any] = [COLUMNS, ["---"] * len(COLUMNS)]
+    rows = [HEAD, "--- | " * HEAD.count("|") + "---"]
     medians = {(line["model"], line["strategy"]): statistics.median(line["seconds"] or [0]) for line in lines}
     for line in lines:
         model, what, seconds, plan = (line[key] for key in ("model", "strategy", "seconds", "plan"))
         if not seconds:
-            rows.append([model, what, line["refused"], *[""] * (len(COLUMNS) - 3)])
+            rows.append(f"{model} | {what} | {line['refused']}" + " |" * (HEAD.count("|") - 2))
             continue
         median, is_run = medians[model, what], what not in FORWARDS
         alone = min(filter(None, (medians.get((model, name)) for name in FORWARDS)), default=None)
@@ -259,8 +253,8 @@ def table(lines: list[dict[str, Any]]) -> str:
         cells.append(f"{one / median:.2f}" if one and is_run else "")
         cells.append(f"{line['bound']:.2f}" if line["bound"] else "")
         cells.append(f"{line['error']:.1e}" if "error" in line else "")
-        rows.append([*cells, " / ".join(f"{count:.1f}" for count in memory if count)])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        rows.append(" | ".join([*cells, " / ".join(f"{count:.1f}" for count in memory if count)]))
+    return "".join(f"| {row} |\n" for row in rows)
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ def test_rules_that_estimate_nothing_can_still_pipeline(guidance):
 def test_what_the_user_chose_stays():
     config = HybridConfig(policy="paper", guidance="none", interval=3, slope_window=4, slope_threshold=1e-3, tau_cap=9)
     assert config.guidance == "none"
-    assert config.paper_constants() == dict(interval=3, slope_window=4, slope_threshold=1e-3, tau_cap=9)
+    assert vars(config.constants("unet", 50)) == dict(interval=3, slope_window=4, slope_threshold=1e-3, tau_cap=9)
 
 
 def test_is_frozen_and_keyword_only():
@@ -60,14 +60,14 @@ def test_is_frozen_and_keyword_only():
         (dict(cuda_graphs="on"), "--hybrid_cuda_graphs", "give True"),
         (dict(policy="fastest"), "--hybrid_policy", "choose one of adaptive, cfg, paper, fixed"),
         (dict(guidance="stale"), "--hybrid_guidance", "choose one of mixed, none, reuse, deferred"),
-        (dict(interval=0), "--hybrid_interval", "whole number of steps, 1 or more"),
-        (dict(interval=2.5), "--hybrid_interval", "whole number of steps, 1 or more"),
-        (dict(slope_window=-1), "--hybrid_slope_window", "whole number of steps, 1 or more"),
-        (dict(tau_cap=0), "--hybrid_tau_cap", "whole number of steps, 1 or more"),
-        (dict(slope_threshold=0.0), "--hybrid_slope_threshold", "give a positive number"),
-        (dict(slope_threshold=-4e-4), "--hybrid_slope_threshold", "give a positive number"),
-        (dict(slope_threshold=float("nan")), "--hybrid_slope_threshold", "give a positive number"),
-        (dict(slope_threshold=float("inf")), "--hybrid_slope_threshold", "give a positive number"),
+        (dict(policy="paper", interval=0), "--hybrid_interval", "whole number of steps, 1 or more"),
+        (dict(policy="paper", interval=2.5), "--hybrid_interval", "whole number of steps, 1 or more"),
+        (dict(policy="paper", slope_window=-1), "--hybrid_slope_window", "whole number of steps, 1 or more"),
+        (dict(policy="paper", tau_cap=0), "--hybrid_tau_cap", "whole number of steps, 1 or more"),
+        (dict(policy="paper", slope_threshold=0.0), "--hybrid_slope_threshold", "give a positive number"),
+        (dict(policy="paper", slope_threshold=-4e-4), "--hybrid_slope_threshold", "give a positive number"),
+        (dict(policy="paper", slope_threshold=float("nan")), "--hybrid_slope_threshold", "give a positive number"),
+        (dict(policy="paper", slope_threshold=float("inf")), "--hybrid_slope_threshold", "give a positive number"),
         (dict(policy="cfg", interval=5), "--hybrid_interval", "drop it, or use paper"),
         (dict(plan="FP", tau_cap=5), "--hybrid_tau_cap", "drop it, or use paper"),
         (dict(policy="fixed"), "--hybrid_plan", "needs a plan, such as --hybrid_plan 8-48/2"),
@@ -85,9 +85,9 @@ def test_is_frozen_and_keyword_only():
         (dict(tolerance=-0.1), "--hybrid_tolerance", "give a positive number"),
         (dict(tolerance=float("nan")), "--hybrid_tolerance", "give a positive number"),
         (dict(tolerance=float("inf")), "--hybrid_tolerance", "give a positive number"),
-        (dict(speedup=1.99), "--hybrid_speedup", "from 2 (every step FULL)"),
+        (dict(speedup=0.99), "--hybrid_speedup", "from 1 (on two GPUs 2, every step FULL)"),
         (dict(speedup=10.0), "--hybrid_speedup", "less than 10"),
-        (dict(speedup=float("nan")), "--hybrid_speedup", "from 2 (every step FULL)"),
+        (dict(speedup=float("nan")), "--hybrid_speedup", "give a number from 1"),
         (dict(tolerance=0.1, speedup=2.5), "--hybrid_speedup", "it or --hybrid_tolerance, not both"),
         (dict(kinds="PS"), "--hybrid_kinds", "give FPS, FP (nothing SKIPPED) or FS (nothing PIPELINED)"),
         (dict(kinds="F"), "--hybrid_kinds", "give FPS, FP (nothing SKIPPED) or FS (nothing PIPELINED)"),

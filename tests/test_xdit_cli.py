@@ -1,5 +1,6 @@
 """`xdit-hybrid`, without starting the processes: flags, process counts, refusals."""
 
+import argparse
 import dataclasses
 import math
 import subprocess
@@ -291,7 +292,10 @@ def test_help_of_plan():
 
 
 def test_every_field_of_the_configuration_is_a_flag():
-    assert set(options._HYBRID_OPTIONS) == {field.name for field in dataclasses.fields(HybridConfig)}
+    parser = argparse.ArgumentParser()
+    options.add_options(parser)
+    flags = {name.removeprefix("hybrid_") for name in vars(parser.parse_args([])) if name.startswith("hybrid_")}
+    assert flags == {field.name for field in dataclasses.fields(HybridConfig)}
 
 
 @pytest.mark.parametrize(
@@ -362,20 +366,20 @@ def test_launch_hands_the_script_xdits_flags(monkeypatch, argv, processes, expec
     assert (hybrid is not None) == ("hybrid-cond" in argv)
 
 
-def test_launch_refuses_other_pipelines(monkeypatch):
+def test_launch_refuses_other_pipelines_and_puts_xdits_back():
     from hybridiff_xdit.xdit import pipelines
 
     xfuser = pipelines.import_xfuser()
-    for owner, name in (
-        (xfuser, "xFuserStableDiffusion3Pipeline"),
-        (xfuser, "xFuserStableDiffusionXLPipeline"),
-        (pipelines.xFuserPipelineBaseWrapper, "__init__"),
-    ):
-        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back after the test
-    script._replace_pipelines(HybridConfig())
-    assert issubclass(xfuser.xFuserStableDiffusion3Pipeline, pipelines.HybridCond)
-    with pytest.raises(ValueError, match="SD3 and SDXL pipelines, not xFuserFluxPipeline"):
-        xfuser.xFuserFluxPipeline(None, None)
+
+    def names():
+        return xfuser.xFuserStableDiffusion3Pipeline, pipelines.xFuserPipelineBaseWrapper.__init__
+
+    before = names()
+    with script.replaced_pipelines(HybridConfig()):
+        assert issubclass(xfuser.xFuserStableDiffusion3Pipeline, pipelines.HybridCond)
+        with pytest.raises(ValueError, match="SD3 and SDXL pipelines, not xFuserFluxPipeline"):
+            xfuser.xFuserFluxPipeline(None, None)
+    assert names() == before
 
 
 def test_the_command_ends_with_the_status_of_torchrun():

@@ -29,6 +29,8 @@ class Rule:
         guidance: how the pipeline weighs the streams, as it comes to be known.
     """
 
+    #: What it does, in a line.
+    summary = "nothing is estimated"
     #: Whose embeddings uncond's ranks have in their stages.
     stage0_branch: Branch = "cond"
     #: Whether the rule can do without an evaluation (SKIPPED steps), and tell what its estimates miss (`trials`).

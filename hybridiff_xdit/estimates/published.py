@@ -14,6 +14,7 @@ class Mixed(Rule):
     effect on the step.
     """
 
+    summary = "the published code, in which w has no effect there"
     stage0_branch: Branch = "uncond"
 
     def pipelined(self, step: int, pred: torch.Tensor) -> Streams:
@@ -23,4 +24,5 @@ class Mixed(Rule):
 class NoGuidance(Mixed):
     """All stages are cond; the cond prediction is used unguided."""
 
+    summary = "cond unguided"
     stage0_branch = "cond"

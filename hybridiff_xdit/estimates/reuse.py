@@ -33,6 +33,7 @@ class Known(NamedTuple):
 class Reuse(Rule):
     """All stages are cond; the guidance is the last one that a FULL step measured. SKIPPED: its cond too."""
 
+    summary = "the last measured guidance"
     estimates = True
     _memory = 2
 

@@ -50,11 +50,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from .discrepancy import Trial, check_finite
 from .plan import DEFAULT_KINDS, FULL, PIPELINED, SKIPPED, StepKind, synchronous_steps
 from .sampler import Sampler
+from .settings import Refuse, Settings, option
 
 LONGEST_GROUP = 8  # steps: a law measured over two gaps is not trusted further
 
@@ -62,6 +64,43 @@ UNPAID = 4  # times E^2, where the end of a group cannot pay its debt
 
 #: Forwards of one branch that a step of each kind saves against a FULL step (cost model: FULL 1, PIPELINED 1/2).
 SAVES = {PIPELINED: 0.5, SKIPPED: 1.0}
+
+
+#: Tolerance where none is given: the study in benchmarks/results/ says what it means.
+TOLERANCE = 0.005
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveSettings(Settings):
+    """What may be set of `AdaptivePolicy`."""
+
+    tolerance: float | None = option(
+        f"guidance error allowed over the run, in units of the discrepancy (default: {TOLERANCE})",
+        type=float,
+        metavar="TAU",
+    )
+    speedup: float | None = option(
+        "in place of the tolerance: bound of the speed-up over one GPU to reach, such as 2.5; the error is spent where "
+        "it saves most",
+        type=float,
+        metavar="S",
+    )
+    kinds: str | None = option(
+        "kinds of step that it may use, F: FULL, P: PIPELINED, S: SKIPPED (default: FS)", choices=["FPS", "FP", "FS"]
+    )
+
+    @classmethod
+    def check(cls, given: Any, refuse: Refuse) -> dict[str, Any]:
+        if given.kinds not in (None, "FPS", "FP", "FS"):
+            refuse("kinds", "give FPS, FP (nothing SKIPPED) or FS (nothing PIPELINED)")
+        if given.tolerance is not None and given.speedup is not None:
+            refuse("speedup", "give it or --hybrid_tolerance, not both")
+        if given.tolerance is not None and not 0 < given.tolerance < math.inf:
+            refuse("tolerance", f"give a positive number, such as {TOLERANCE}")
+        most = 5 * given.stages
+        if given.speedup is not None and not 1 <= given.speedup < most:
+            refuse("speedup", f"give a number from 1 (on two GPUs 2, every step FULL) to less than {most}, such as 2.5")
+        return {"tolerance": TOLERANCE} if given.tolerance is None and given.speedup is None else {}
 
 
 class _Law(NamedTuple):

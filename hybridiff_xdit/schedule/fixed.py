@@ -1,10 +1,33 @@
 """The policy of a plan that is given."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from .discrepancy import Trial
-from .plan import PIPELINED, StepKind
+from .plan import PIPELINED, Plan, StepKind
 from .sampler import Sampler
+from .settings import Refuse, Settings, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedSettings(Settings):
+    """What may be set of `FixedPolicy`."""
+
+    plan: str | None = option(
+        "F, P or S a step, or START-END/GAP such as 8-48/2 (every 2nd step from 8 to 48 FULL, the rest PIPELINED) or "
+        "8-48/2S (the rest SKIPPED)",
+        metavar="PLAN",
+    )
+
+    @classmethod
+    def check(cls, given: Any, refuse: Refuse) -> dict[str, Any]:
+        if given.plan is None:
+            refuse("plan", "--hybrid_policy fixed needs a plan, such as --hybrid_plan 8-48/2")
+        # The run's length is not known yet: read a pattern against the shortest run that it fits.
+        end = given.plan.partition("-")[2].partition("/")[0]
+        Plan.parse(given.plan, int(end) if end.isdigit() else None)
+        return {}
 
 
 class FixedPolicy:

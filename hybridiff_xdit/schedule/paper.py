@@ -1,12 +1,16 @@
 """The published switching rule (arXiv 2602.21760): its constants, its detector of a plateau, and its policy."""
 
+from __future__ import annotations
+
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .discrepancy import Trial, check_finite
 from .plan import FULL, PIPELINED, StepKind
 from .sampler import Sampler
+from .settings import Refuse, Settings, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +29,7 @@ class PaperConstants:
     interval: int
     tau_cap: int
 
-    def scaled(self, num_steps: int) -> "PaperConstants":
+    def scaled(self, num_steps: int) -> PaperConstants:
         """The same rule for a run of another length: published figures are for 50 steps."""
         ratio = num_steps / 50
         return PaperConstants(
@@ -34,6 +38,36 @@ class PaperConstants:
             interval=max(1, round(self.interval * ratio)),
             tau_cap=max(1, round(self.tau_cap * ratio)),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperSettings(Settings):
+    """What may be set of `PaperPolicy`; what is not is the published preset, scaled to the run's length."""
+
+    interval: int | None = option(
+        "k, PIPELINED steps in the published window (default here and below: the published, scaled)",
+        type=int,
+        metavar="K",
+    )
+    slope_window: int | None = option("L, steps over which the discrepancy's fall is measured", type=int, metavar="L")
+    slope_threshold: float | None = option("g, fall per step at which the window starts", type=float, metavar="G")
+    tau_cap: int | None = option("the latest step at which the window starts", type=int, metavar="STEP")
+
+    @classmethod
+    def check(cls, given: Any, refuse: Refuse) -> dict[str, Any]:
+        for name in ("interval", "slope_window", "tau_cap"):
+            value = getattr(given, name)
+            if value is not None and (type(value) is not int or value < 1):
+                refuse(name, "give a whole number of steps, 1 or more")
+        if given.slope_threshold is not None and not 0 < given.slope_threshold < float("inf"):
+            refuse("slope_threshold", "give a positive number, such as 4e-4")
+        return {}
+
+    def constants(self, family: str, num_steps: int) -> PaperConstants:
+        """The constants of a run: the family's preset, scaled, but for what was set."""
+        preset = vars(PAPER_PRESETS[family].scaled(num_steps))
+        return PaperConstants(**{name: given if (given := getattr(self, name)) is not None else value
+                                 for name, value in preset.items()})  # fmt: skip
 
 
 #: Published constants at 50 steps, by the family of the denoiser: SDXL (DDIM, w=5) and SD3 (Euler, w=7).

@@ -1,56 +1,89 @@
-"""The policies by name."""
+"""The policies by name: what each does, what may be set of it, and how one is made for a run."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from .adaptive import AdaptivePolicy
-from .fixed import FixedPolicy
-from .paper import PAPER_PRESETS, PaperConstants, PaperPolicy
+from .adaptive import AdaptivePolicy, AdaptiveSettings
+from .fixed import FixedPolicy, FixedSettings
+from .paper import PaperPolicy, PaperSettings
 from .plan import DEFAULT_KINDS, FULL, Plan, Policy
 from .sampler import Sampler
+from .settings import Settings
 
-if TYPE_CHECKING:
-    from ..config import HybridConfig
 
-#: Policies by name, with what each does.
+class Facts(NamedTuple):
+    """What a policy is made for.
+
+    Attributes:
+        num_steps: denoiser evaluations in the run.
+        family: the denoiser's family, ``unet`` or ``mmdit``: selects the published constants.
+        sampler: of the run; None where nothing needs it.
+        gain: evaluations of a FULL step on one GPU, over those of the busiest rank; None: as many as stages.
+    """
+
+    num_steps: int
+    family: str
+    sampler: Sampler | None = None
+    gain: float | None = None
+
+
+class Registered(NamedTuple):
+    """A policy.
+
+    Attributes:
+        summary: what it does.
+        settings: what may be set of it.
+        make: the policy of one run, from the settings (a `HybridConfig`) and the facts.
+        needs_estimates: whether the rule has to tell what its estimates miss.
+    """
+
+    summary: str
+    settings: type[Settings]
+    make: Callable[[Any, Facts], Policy]
+    needs_estimates: bool = False
+
+
+def _adaptive(config: Any, facts: Facts) -> Policy:
+    assert facts.sampler is not None
+    return AdaptivePolicy(
+        facts.sampler,
+        tolerance=config.tolerance,
+        speedup=config.speedup,
+        kinds=config.kinds or DEFAULT_KINDS,
+        stages=config.stages,
+        gain=facts.gain,
+    )
+
+
 POLICIES = {
-    "adaptive": "FULL steps as far apart as --hybrid_tolerance on the predicted guidance error allows",
-    "cfg": "every step FULL",
-    "paper": "one PIPELINED window of k steps, as published",
-    "fixed": "the plan given with --hybrid_plan",
+    "adaptive": Registered(
+        "FULL steps as far apart as --hybrid_tolerance on the predicted guidance error allows",
+        AdaptiveSettings,
+        _adaptive,
+        needs_estimates=True,
+    ),
+    "cfg": Registered("every step FULL", Settings, lambda config, facts: FixedPolicy([FULL] * facts.num_steps)),
+    "paper": Registered(
+        "one PIPELINED window of k steps, as published",
+        PaperSettings,
+        lambda config, facts: PaperPolicy(facts.num_steps, config.constants(facts.family, facts.num_steps)),
+    ),
+    "fixed": Registered(
+        "the plan given with --hybrid_plan",
+        FixedSettings,
+        lambda config, facts: FixedPolicy(Plan.parse(config.plan, facts.num_steps)),
+    ),
 }
 
 
 def make_policy(
-    config: HybridConfig, num_steps: int, family: str, sampler: Sampler | None = None, gain: float | None = None
+    config: Any, num_steps: int, family: str, sampler: Sampler | None = None, gain: float | None = None
 ) -> Policy:
-    """Build the policy of one run.
-
-    Args:
-        config: its policy, and the fields that belong to that.
-        num_steps: denoiser evaluations in the run.
-        family: the denoiser's family, ``unet`` or ``mmdit``: selects the published constants.
-        sampler: of the run; ``adaptive`` needs it.
-        gain: evaluations of a FULL step on one GPU, over those of the busiest rank; default as many as stages.
+    """Build the policy of one run; see `Facts`.
 
     Raises:
         ValueError: the policy does not fit the run.
     """
-    if config.policy == "cfg":
-        return FixedPolicy([FULL] * num_steps)
-    if config.policy == "fixed":
-        return FixedPolicy(Plan.parse(config.plan or "", num_steps))
-    if config.policy == "adaptive":
-        assert sampler is not None
-        return AdaptivePolicy(
-            sampler,
-            tolerance=config.tolerance,
-            speedup=config.speedup,
-            kinds=config.kinds or DEFAULT_KINDS,
-            stages=config.stages,
-            gain=gain,
-        )
-    preset = vars(PAPER_PRESETS[family].scaled(num_steps))
-    given = {name: value for name, value in config.paper_constants().items() if value is not None}
-    return PaperPolicy(num_steps, PaperConstants(**{**preset, **given}))
+    return POLICIES[config.policy].make(config, Facts(num_steps, family, sampler, gain))

@@ -356,8 +356,10 @@ class Run:
         may_pipeline = self.engine.policy.may_pipeline
         if executor is None or count != 2 or call.is_listed or not (may_pipeline or executor.stages > 2):
             return None
+        config = self.setting.config
+        is_timed = config.balance != "flops" and config.cuda_graphs is not False and self.setting.streams.across is None
         with self._together():
-            executor.begin(_branches(call)["cond"])
+            executor.begin(_branches(call)["cond"], is_timed)
         executor.now = self.time(self.step)
         return executor
 
@@ -612,7 +614,9 @@ class Run:
     def _drifted(self, step: int) -> RunOver:
         return RunOver(
             f"hybrid-cond: at step {step} the ranks' latents are no longer the same. They drifted apart since the last "
-            "FULL step or the one before: give every rank the same generator seed, scheduler, dtype and callbacks."
+            "FULL step or the one before: give every rank the same generator seed, scheduler, dtype and callbacks. A "
+            "scheduler that draws its noise from the global generator, whatever generator= is, needs torch.manual_seed "
+            "with the same seed on every rank before each call."
         )
 
     @contextmanager

@@ -35,7 +35,7 @@ def watch(owner: Any, **handlers: Handler) -> Callable[[], None]:
     stack = _HANDLERS.setdefault(owner, [])
     if not stack:
         # Past the object's own __setattr__: a compiled module would hand the class on to the module in it.
-        object.__setattr__(owner, "__class__", _watched(type(owner), names))
+        object.__setattr__(owner, "__class__", _watched(owner.__class__, names))
     stack.append(watching)
     undo = ExitStack()
     for name in names & vars(owner).keys():  # somebody has put a function there, which goes before the class

@@ -6,6 +6,7 @@ xfuser is imported only where its parser is built.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,8 +14,7 @@ from typing import Any
 import torch
 
 from .. import planner
-from ..config import TOLERANCE, HybridConfig
-from ..estimates.rules import RULES
+from ..config import HybridConfig
 from ..schedule.policies import POLICIES
 from ..seam.checkpoints import resolve
 
@@ -51,54 +51,17 @@ def _switch(text: str) -> bool:
     return text == "on"
 
 
-_HYBRID_OPTIONS: dict[str, dict[str, Any]] = {
-    "policy": {
-        "choices": list(POLICIES),
-        "help": "which steps are not FULL (default: adaptive, or fixed with --hybrid_plan)",
-    },
-    "guidance": {
-        "choices": list(RULES),
-        "help": "what stands for the guidance where it is not evaluated (default: mixed with paper, else deferred)",
-    },
-    "tolerance": {
-        "type": float,
-        "metavar": "TAU",
-        "help": f"for 'adaptive': guidance error allowed, in units of the discrepancy (default: {TOLERANCE})",
-    },
-    "speedup": {
-        "type": float,
-        "metavar": "S",
-        "help": "for 'adaptive', in place of the tolerance: bound of the speed-up over one GPU to reach, such as 2.5",
-    },
-    "kinds": {
-        "choices": ["FPS", "FP", "FS"],
-        "help": "for 'adaptive': kinds of step that it may use (F: FULL, P: PIPELINED, S: SKIPPED; default: FS)",
-    },
-    "interval": {
-        "type": int,
-        "metavar": "K",
-        "help": "for 'paper': PIPELINED steps in the published window (default here and below: the published, scaled)",
-    },
-    "slope_window": {"type": int, "metavar": "L", "help": "steps over which the discrepancy's fall is measured"},
-    "slope_threshold": {"type": float, "metavar": "G", "help": "fall per step at which the window starts"},
-    "tau_cap": {"type": int, "metavar": "STEP", "help": "the latest step at which the window starts"},
-    "plan": {"metavar": "PLAN", "help": "for 'fixed': F, P or S a step, or START-END/GAP such as 8-48/2, 8-48/2S"},
-    "stages": {
-        "type": int,
-        "metavar": "N",
-        "help": "stages of a PIPELINED step, each on a process or a sequence group of its own; even (default: 2)",
-    },
-    "balance": {
-        "choices": ["time", "flops"],
-        "help": "what makes the stages alike: their time, measured on the first run, or FLOPs (default: time)",
-    },
-    "cuda_graphs": {
-        "type": _switch,
-        "metavar": "{on,off}",
-        "help": "launch a GPU's kernels by CUDA graphs (default: on)",
-    },
-    "report": {"metavar": "DIR", "help": "write report.json and report.png there"},
-}
+def _flag(field: dataclasses.Field[Any]) -> dict[str, Any]:
+    """Arguments of ``add_argument`` for a field of `HybridConfig`."""
+    flag = dict(field.metadata)
+    if flag.pop("is_switch", False):
+        flag |= {"type": _switch, "metavar": "{on,off}"}
+    policy = next((name for name, known in POLICIES.items() if field.name in _names(known.settings)), None)
+    return {**flag, "help": f"for {policy!r}: {flag['help']}" if policy else flag["help"]}
+
+
+def _names(settings: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(settings)]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -199,8 +162,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add ``--parallel`` and ``--hybrid_*`` to a parser, each in the underscore and the dash spelling."""
     group = parser.add_argument_group("hybridiff-xdit")
     group.add_argument("--parallel", choices=STRATEGIES, help="parallel strategy")
-    for name, details in _HYBRID_OPTIONS.items():
-        group.add_argument(*_spellings(f"hybrid_{name}"), default=None, **details)
+    for field in dataclasses.fields(HybridConfig):
+        group.add_argument(*_spellings(f"hybrid_{field.name}"), default=None, **_flag(field))
 
 
 def read_config(args: argparse.Namespace) -> HybridConfig | None:
@@ -209,7 +172,7 @@ def read_config(args: argparse.Namespace) -> HybridConfig | None:
     Raises:
         ValueError: a ``--hybrid_*`` flag is wrong, or given with another strategy.
     """
-    given = {name: getattr(args, f"hybrid_{name}") for name in _HYBRID_OPTIONS}
+    given = {name: getattr(args, f"hybrid_{name}") for name in _names(HybridConfig)}
     if args.parallel == "hybrid-cond":
         return HybridConfig(**{name: value for name, value in given.items() if value is not None})
     if flags := [f"--hybrid_{name}" for name, value in given.items() if value is not None]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -113,6 +114,10 @@ class HybridStableDiffusionXLPipeline(HybridCond, xFuserStableDiffusionXLPipelin
             super()._init_runtime_state(pipeline, engine_config)
 
 
+#: Such groups, for as long as xDiT has its own: they end with these.
+_STAGE_GROUPS: WeakKeyDictionary[Any, dict[tuple[int, int], Any]] = WeakKeyDictionary()
+
+
 def stage_group(stages: int, shards: int = 1) -> dist.ProcessGroup:
     """The group of ranks that have a stage of the same picture and the same place in their sequence groups.
 
@@ -124,7 +129,11 @@ def stage_group(stages: int, shards: int = 1) -> dist.ProcessGroup:
     """
     if stages == 2:
         return get_cfg_group().device_group
-    return dist.new_subgroups_by_enumeration(stage_ranks(dist.get_world_size(), stages, shards))[0]
+    made = _STAGE_GROUPS.setdefault(get_cfg_group(), {})
+    if (stages, shards) not in made:
+        groups = dist.new_subgroups_by_enumeration(stage_ranks(dist.get_world_size(), stages, shards))
+        made[stages, shards] = groups[0]
+    return made[stages, shards]
 
 
 def stage_ranks(world_size: int, stages: int, shards: int) -> list[list[int]]:
@@ -145,9 +154,9 @@ def compile_blocks(denoiser: torch.nn.Module, **options: Any) -> None:
     import torch._inductor.config
 
     # The ranks evaluate different blocks at different times; this check would have them compare their graphs.
-    distributed: Any = getattr(torch._inductor.config, "aten_distributed_optimizations", None)
-    if hasattr(distributed, "spmd_check"):
-        distributed.spmd_check = False
+    check = "aten_distributed_optimizations.spmd_check"
+    if options.keys().isdisjoint(("mode", "backend")) and check in torch._inductor.config.get_config_copy():
+        options["options"] = {check: False, **options.get("options", {})}
     for module in denoiser.modules():
         if type(module).__name__ in ("JointTransformerBlock", "BasicTransformerBlock"):
             module.forward = torch.compile(module.forward, **options)

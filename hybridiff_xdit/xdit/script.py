@@ -10,6 +10,8 @@ import argparse
 import os
 import runpy
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 
 from .. import HybridConfig
 from . import options
@@ -25,11 +27,10 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         parser.exit(2, f"hybridiff_xdit.launch: error on rank {os.environ.get('RANK', '0')}: {error}\n")
     import_xfuser()
-    if hybrid is not None:
-        _replace_pipelines(hybrid)
     sys.argv = [args.script, *script_args]
     sys.path.insert(0, os.path.dirname(os.path.abspath(args.script)))  # as `python SCRIPT` does
-    runpy.run_path(args.script, run_name="__main__")
+    with replaced_pipelines(hybrid) if hybrid is not None else nullcontext():
+        runpy.run_path(args.script, run_name="__main__")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -72,14 +73,14 @@ def _translate(args: argparse.Namespace, script_args: list[str]) -> tuple[Hybrid
     return hybrid, script_args
 
 
-def _replace_pipelines(hybrid: HybridConfig) -> None:
+@contextmanager
+def replaced_pipelines(hybrid: HybridConfig) -> Iterator[None]:
+    """Meanwhile our pipelines go by the names of xDiT's, and its other pipelines are refused."""
     import xfuser
     from xfuser.model_executor.pipelines.base_pipeline import xFuserPipelineBaseWrapper
 
     from .pipelines import HybridCond, HybridStableDiffusion3Pipeline, HybridStableDiffusionXLPipeline
 
-    xfuser.xFuserStableDiffusion3Pipeline = HybridStableDiffusion3Pipeline.with_config(hybrid)
-    xfuser.xFuserStableDiffusionXLPipeline = HybridStableDiffusionXLPipeline.with_config(hybrid)
     init = xFuserPipelineBaseWrapper.__init__
 
     def guarded(self: object, *args: object, **kwargs: object) -> None:
@@ -89,4 +90,12 @@ def _replace_pipelines(hybrid: HybridConfig) -> None:
             )
         init(self, *args, **kwargs)
 
-    xFuserPipelineBaseWrapper.__init__ = guarded
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (xfuser, "xFuserStableDiffusion3Pipeline", HybridStableDiffusion3Pipeline.with_config(hybrid)),
+            (xfuser, "xFuserStableDiffusionXLPipeline", HybridStableDiffusionXLPipeline.with_config(hybrid)),
+            (xFuserPipelineBaseWrapper, "__init__", guarded),
+        ):
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        yield
