@@ -40,16 +40,22 @@ def both_branches(pipe: Any, warm_up: int, comm: Comm, is_timed: bool = False) -
     executor = Executor(read(denoiser), comm, graphs)
     step = 0
 
+    def whole(inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+        return original(**inputs)[0], executor.take()
+
     def forward(*args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
         nonlocal step
         inputs = {**signature.bind(None, *args, **kwargs).arguments, "return_dict": False}
         inputs.pop("self")
         both: Any = {"uncond": inputs, "cond": inputs}
         if step == 0:
-            executor.prepare(inputs, is_timed)
+            executor.begin(inputs, is_timed)
             graphs.begin(next(denoiser.parameters()).device)
         if step < warm_up:
-            pred = executor.full(original, both, inputs, float(step), extrapolate=False).pred_c
+            executor.now = float(step)
+            graphs.look()
+            pred, boundary = graphs(executor.name, whole, inputs)
+            executor.keep(1, boundary)
         else:
             pred = executor.pipelined(both, "cond", float(step), hand_over=True, extrapolate=False)
         step += 1

@@ -13,11 +13,13 @@ and latents come out. With ``--tiny`` they are small models of the same classes,
     plan      a fixed plan on two ranks: one step in five is SKIPPED, spread evenly after a warm-up
     adaptive  a target speed-up of 2.5 on two ranks; with random weights its choice of steps means nothing
 
-The strategies take turns. In each turn a strategy is set up anew, warmed up by the first steps of a run, and measured
-by one whole run (or ``--forwards`` forwards). A run's time is that of the whole call of the pipeline, from a barrier to
-the end of the GPU's work, on the slower rank. Both ranks measure a forward at once, each on its own GPU. F is the
-smaller of eager and graph on the slower rank, and the floor of a run is F times the forwards that a rank makes. The
-results are in DIR/modern.json, which is rewritten after each turn, and DIR/modern.md.
+The strategies take turns. In each turn a strategy is set up anew, warmed up by a run that ends, and measured by one
+whole run (or ``--forwards`` forwards). (A run that is interrupted teaches `hybrid-cond` nothing: where a pipeline calls
+its denoiser once a branch, both ranks would evaluate both branches on the first step of the next run again.) A run's
+time is that of the whole call of the pipeline, from a barrier to the end of the GPU's work, on the slower rank. Both
+ranks measure a forward at once, each on its own GPU. F is the smaller of eager and graph on the slower rank, and the
+floor of a run is F times the forwards that a rank makes. The results are
+in DIR/modern.json, which is rewritten after each turn, and DIR/modern.md.
 """
 
 from __future__ import annotations
@@ -175,7 +177,7 @@ def forwards(denoiser: Any, inputs: Any, is_graph: bool, count: int, where: Any)
 
 
 def whole_run(pipe: Any, config: HybridConfig | None, call: Any, warm_up: int, where: Any) -> Found:
-    """Seconds of one run, after the first ``warm_up`` steps of another."""
+    """Seconds of one run, after another of ``warm_up`` steps."""
     loop, device, host = where
     try:
         if config is not None:
@@ -205,7 +207,9 @@ def compare(model: str, args: argparse.Namespace, where: Any) -> Iterator[list[d
     lines: dict[str, dict[str, Any]] = {}
 
     def call(what: str, steps: int | None = None) -> None:
-        if configs[what] is not None or dist.get_rank() == 0:
+        if configs[what] is not None:
+            latents[what] = run(pipe, arguments | dict(num_inference_steps=steps or args.steps))
+        elif dist.get_rank() == 0:
             latents[what] = run(pipe, arguments, steps)
 
     for what in args.strategies * args.repeats:
@@ -216,7 +220,8 @@ def compare(model: str, args: argparse.Namespace, where: Any) -> Iterator[list[d
         if what in FORWARDS:
             found = forwards(denoiser, inputs, what == "graph", args.forwards, where)
         else:
-            warm_up = 1 if configs[what] is None else args.warm_up  # a plain pipeline captures nothing
+            # A plain pipeline captures nothing, and a plan fits runs of its own length alone.
+            warm_up = 1 if configs[what] is None else args.warm_up if what == "cfg" else args.steps
             found = whole_run(pipe, configs[what], partial(call, what), warm_up, where)
         ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, found, group=where[2])
@@ -264,7 +269,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3, help="turns of each strategy")
     parser.add_argument("--forwards", type=int, default=3, help="that are timed in a turn")
-    parser.add_argument("--warm-up", type=int, default=3, metavar="STEPS", help="of a turn on two ranks")
+    parser.add_argument("--warm-up", type=int, default=3, metavar="STEPS", help="of cfg, whose turn begins with them")
     parser.add_argument("--tiny", action="store_true", help="small models of the same classes")
     parser.add_argument("--commit", help="for the report, where there is no git repository")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")

@@ -199,7 +199,7 @@ class Strategy(NamedTuple):
             sequence, ranks = group.split_branches(pipe, self.degrees, group.branches(self.ways))
             apply_hybrid(pipe, config, group=ranks or place.pair, sequence=sequence, model=name, simulate=is_alone)
         try:
-            yield getattr(pipe, hooks._SESSION).graphs
+            yield hooks._SESSIONS[pipe].graphs(denoiser_of(pipe))
         finally:
             remove_hybrid(pipe)
 

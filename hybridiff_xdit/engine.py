@@ -70,6 +70,11 @@ class Engine:
         """Whether there is something to estimate from."""
         return self._rules is not None
 
+    @property
+    def cond(self) -> int | None:
+        """Number of the stream that is cond; None where it is not known yet."""
+        return self._guidance[0].cond if self._guidance else None
+
     def kind(self, step: int | None = None) -> StepKind:
         """Kind of the present step, or of a later one up to the next FULL step, as the policy has it."""
         if self._measured and self.policy.reads_discrepancy(self._measured[-1][0].step):
@@ -92,19 +97,19 @@ class Engine:
         """Forget what the estimates are made from: the streams are no longer the same."""
         self._rules, self._begun = None, None
 
-    def full(self, streams: list[Any], structures: list[Structure]) -> list[Any]:
+    def full(self, streams: list[Any], structures: list[Structure], handed: list[Any] | None = None) -> list[Any]:
         """What to hand the pipeline on a FULL step.
 
         Args:
             streams: their true predictions.
             structures: of each.
+            handed: what the pipeline got, where the estimators begin with a step that had a debt to pay.
         """
         self._structures = structures
         if self._rules is None:
-            self._begun = self._handed = streams
-            return streams
-        handed = self._take(streams)
-        self._handed = self._nests(handed)
+            self._begun, self._handed = streams, handed or streams
+            return self._handed
+        self._handed = self._nests(self._take(streams))
         return self._handed
 
     def skipped(self) -> list[Any]:
@@ -182,7 +187,8 @@ class Engine:
     # The estimators.
 
     def _needs_weights(self) -> bool:
-        return self._rules is not None or self._begun is not None
+        # Where every step is FULL, the first one's tell which stream is cond, and that is all.
+        return self._begun is not None or (self._rules is not None and not self.config.is_exact)
 
     def _begin(self, step: int, products: torch.Tensor | None, first_cond: int) -> None:
         """Begin the estimators with the streams of FULL step ``step``, which is over."""
@@ -218,7 +224,7 @@ class Engine:
 
     def _spread(self, columns: list[Tensors]) -> torch.Tensor:
         """The discrepancy of the first tensor; 0 with one stream, and nan where that is not finite."""
-        cond, column = self._guidance[0].at(self.step).cond, columns[0]
+        cond, column = self._guidance[0].cond, columns[0]
         others = [stream for k, stream in enumerate(column) if k != cond]
         return rel_mae(others[0], column[cond]) if others else column[0].float().abs().mean() * 0
 

@@ -1,6 +1,6 @@
 """The scheme on one process, as a plain loop. It shares no code with the engine: diffusers models and schedulers only.
 
-`Oracle` makes (pred_u, pred_c) of one step after another. `denoise` puts it in a loop of its own; `inside` lets a plain
+`Oracle` makes the streams of one step after another. `denoise` puts it in a loop of its own; `inside` lets a plain
 pipeline's loop call it in place of the denoiser, for the features that live in that loop.
 
 On a PIPELINED step two parts of the network are evaluated, at once, on two ranks:
@@ -15,6 +15,7 @@ After a FULL step the boundary is the one of its cond branch. On a SKIPPED step 
 
 import inspect
 import itertools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -58,27 +59,29 @@ STAGE_CUTS = {
 #: With more than two stages, FULL steps at the beginning that read nothing old.
 EXACT = 4
 
+#: Relative change of a weight of the guidance up to which a debt counts as paid.
+SAME = 1e-3
+
 
 class Full(NamedTuple):
-    """What a FULL step knew."""
+    """What a FULL step knew: cond, then cond's distance from each other stream."""
 
     step: int
-    delta: torch.Tensor
-    c: torch.Tensor
+    parts: list
 
 
 class Guess(NamedTuple):
-    """What was used where a step was not FULL; w is its guidance scale."""
+    """What was used where a step was not FULL."""
 
     step: int
     kind: str
-    delta: torch.Tensor
-    c: torch.Tensor
-    w: float
+    parts: list
 
 
 class Oracle:
-    """(pred_u, pred_c) of each step.
+    """The streams of each step: pred_u and pred_c, pred_c alone, or also those beyond the two branches.
+
+    Where a step has another number of streams than the one before, all that came before is forgotten.
 
     Args:
         denoiser: the model.
@@ -87,50 +90,82 @@ class Oracle:
         cut: see `CUTS`; of a `Staged`, `STAGE_CUTS`.
         times: of the steps, for ``deferred``.
         gains: of the steps' predictions, for ``deferred``.
-        w: tells the guidance scale of the step.
+        weights: tells for ``deferred``, of a step's streams as they were handed on, what the pipeline's guidance makes
+            of each part: that of cond, then that of each distance.
     """
 
     taken = 1.0  # of the line beyond the last boundary
 
-    def __init__(self, denoiser, plan, rule, cut, times=None, gains=None, w=lambda: 2.0):
+    def __init__(self, denoiser, plan, rule, cut, times=None, gains=None, weights=lambda *streams: [1.0, 1.0]):
         self.denoiser, self.plan, self.rule, self.cut = denoiser, plan, rule, cut
-        self.times, self.gains, self.w = times, gains, w
+        self.times, self.gains, self.weights = times, gains, weights
         self.forward = denoiser.forward
         self.is_sd3 = isinstance(denoiser, SD3Transformer2DModel)
         self.two_parts = sd3 if self.is_sd3 else unet
         self.steps = 0
+        self.discrepancy = []
+        self.count = 0
+        self.forget()
+
+    def forget(self):
+        self.began = self.steps
         self.boundaries = []  # (time, boundary) that stage 1 knows, in order
         self.fulls = []
         self.guesses = []  # since the last FULL step
-        self.owed = []  # (step, missed delta times w - 1, missed c) not paid back yet
-        self.fits = []  # (alpha, beta, gamma) of the FULL steps, in order
-        self.bends = []  # (kappa, mu) likewise
-        self.discrepancy = []
+        self.weighed = {}  # what the pipeline has made of the parts, by step
+        self.owed = []  # (step, what its input to the scheduler missed times its gain, by part) not paid back yet
+        self.paid = None  # (step, weights that it assumed, what it paid)
+        self.fits = []  # (gamma and the alphas, betas) of the FULL steps, in order
+        self.bends = []  # mu and the kappas likewise
 
     @torch.no_grad()
-    def __call__(self, uncond, cond):
-        i, kind = self.steps, self.plan[self.steps]
+    def __call__(self, *given):
+        """Of each stream's arguments (uncond, cond, others; or cond alone) its prediction."""
+        if len(given) != self.count:
+            self.count = len(given)
+            self.forget()
+        i = self.steps
+        streams = self.step(i, self.plan[i], given)
+        self.weighed[i] = self.weights(*streams)
         self.steps += 1
+        return streams
+
+    def step(self, i, kind, given):
         if kind == "F":
-            pred_u, pred_c = self.full(i, uncond, cond)
-            self.discrepancy.append(((pred_c - pred_u).abs().mean() / pred_u.abs().mean()).item())
-            known = Full(i, pred_c - pred_u, pred_c)
-            missing_u, missing_c = self.paid_back(known) if self.rule == "deferred" else (0.0, 0.0)
-            self.fulls.append(known)
-            return pred_u + missing_u, pred_c + missing_c
+            true = self.full(i, *given)
+            now = Full(i, self.parts(true))
+            if self.count > 1:
+                c, delta = now.parts[:2]
+                self.discrepancy.append((delta.abs().mean() / (c - delta).abs().mean()).item())
+            missing = self.paid_back(now) if self.rule == "deferred" else [0.0] * self.count
+            self.fulls.append(now)
+            return [stream + more for stream, more in zip(true, self.streams(missing), strict=True)]
         if kind == "P":
+            uncond, cond = given
             pred = self.pipelined(i, uncond if self.rule == "mixed" else cond, cond)
             if self.rule in ("mixed", "none"):
-                return pred, pred
+                return [pred, pred]
         guess = self.guess(i, kind, pred if kind == "P" else None)
         self.guesses.append(guess)
-        return guess.c - guess.delta, guess.c
+        return self.streams(guess.parts)
 
-    def full(self, i, uncond, cond):
-        pred_u, pred_c = (self.forward(**{**branch, "return_dict": False})[0] for branch in (uncond, cond))
-        if "P" in self.plan[i + 1 :]:
+    def parts(self, streams):
+        at = min(1, len(streams) - 1)  # cond
+        c = streams[at]
+        return [c, *(c - stream for k, stream in enumerate(streams) if k != at)]
+
+    def streams(self, parts):
+        c, *deltas = parts
+        streams = [c - delta for delta in deltas]
+        streams.insert(1, c)
+        return streams
+
+    def full(self, i, *given):
+        streams = [self.forward(**{**stream, "return_dict": False})[0] for stream in given]
+        if "P" in self.plan[i + 1 :] and len(given) > 1:
+            cond = given[1]
             self.learn(self.boundaries, i, self.two_parts(self.denoiser, self.cut, cond, cond, None)[1])
-        return pred_u, pred_c
+        return streams
 
     def pipelined(self, i, stage0, cond):
         old = self.read(self.boundaries, i)
@@ -140,53 +175,68 @@ class Oracle:
         return pred
 
     def guess(self, i, kind, pred_c):
-        last = self.fulls[-1]
+        last = self.fulls[-1].parts
         if self.rule == "reuse" or not self.fits:
-            return Guess(i, kind, last.delta, last.c if kind == "S" else pred_c, self.w())
-        before = self.fulls[-2]
-        alpha, beta, gamma = self.coefficients()
-        r = self.reach(before.step, last.step, i)
-        delta = last.delta + alpha * r * (last.delta - before.delta)
+            return Guess(i, kind, [last[0] if kind == "S" else pred_c, *last[1:]])
+        before = self.fulls[-2].parts
+        (gamma, *alphas), betas = self.coefficients()
+        r = self.reach(self.fulls[-2].step, self.fulls[-1].step, i)
+        slope_c, *slopes = [r * (b - a) for a, b in zip(before, last, strict=True)]
+        deltas = [b + alpha * slope for b, alpha, slope in zip(last[1:], alphas, slopes, strict=True)]
         if kind == "S":
-            return Guess(i, kind, delta, last.c + gamma * r * (last.c - before.c), self.w())
-        delta = delta + beta * (pred_c - last.c - alpha * r * (last.c - before.c))
-        return Guess(i, kind, delta, pred_c, self.w())
+            return Guess(i, kind, [last[0] + gamma * slope_c, *deltas])
+        ((delta,), (alpha,), (beta,)) = deltas, alphas, betas
+        return Guess(i, kind, [pred_c, delta + beta * (pred_c - last[0] - alpha * slope_c)])
 
     def paid_back(self, now):
-        """What is added to (pred_u, pred_c) of a FULL step for the steps since the last one, or some earlier ones."""
+        """What is added to the parts of a FULL step for the steps since the last one, or some earlier ones."""
         # Two FULL steps at one time (solvers of order 2) tell nothing of the slope.
         if len(self.fulls) > 1 and self.reach(self.fulls[-2].step, self.fulls[-1].step, now.step) != 0:
             self.fits.append(self.fit(*self.fulls[-2:], now))
             times = {self.times[full.step] for full in [*self.fulls[-3:], now]}
             if len(times) == 4:
                 self.bends.append(self.fit_bends(now))
-        beta = self.coefficients()[1]
-        for guess in self.guesses:
-            curve, curve_c = self.between(guess.step, now)
-            right, right_c = (curve, curve_c) if guess.kind == "S" else (curve + beta * (guess.c - curve_c), guess.c)
-            self.owed.append((guess.step, (guess.w - 1) * (right - guess.delta), right_c - guess.c))
-        gain, w = self.gains[now.step], self.w()
-        is_small = any(abs(gain) < 0.5 * abs(self.gains[step]) for step, *_ in self.owed)
+        for step, kind, parts in self.guesses:
+            right = self.between(step, now)
+            if kind == "P":
+                right = [parts[0], right[1] + self.coefficients()[1][0] * (parts[0] - right[0])]
+            impulses = zip(self.weighed[step], right, parts, strict=True)
+            self.owed.append((step, [self.gains[step] * weight * (one - other) for weight, one, other in impulses]))
         self.guesses = []
-        if is_small:
-            return 0.0, 0.0
-        owed, self.owed = self.owed, []
-        delta = sum(self.gains[step] / (gain * (w - 1)) * missed for step, missed, _ in owed)
-        c = sum(self.gains[step] / gain * missed for step, _, missed in owed)
-        return c - delta, c
+        if self.paid is not None:
+            # The last payment took its step's guidance for the largest of late.
+            step, assumed, debt = self.paid
+            ratios = [actual / weight for actual, weight in zip(self.weighed[step], assumed, strict=True)]
+            if any(abs(ratio - 1) > SAME for ratio in ratios):
+                self.owed.append((step, [(1 - ratio) * one for ratio, one in zip(ratios, debt, strict=True)]))
+            self.paid = None
+        gain = self.gains[now.step]
+        if not self.owed or any(abs(gain) < 0.5 * abs(self.gains[step]) for step, _ in self.owed):
+            return [0.0] * self.count
+        debt = [sum(parts) for parts in zip(*(parts for _, parts in self.owed), strict=True)]
+        assumed = self.expected(now.step)
+        self.owed, self.paid = [], (now.step, assumed, debt)
+        return [one / (gain * weight) for one, weight in zip(debt, assumed, strict=True)]
+
+    def expected(self, step):
+        """What the pipeline is taken to make of the parts on a step that is not over."""
+        c, *last = self.weighed[step - 1]
+        late = [self.weighed[i] for i in range(step - 5, step) if i in self.weighed]
+        most = [max(abs(earlier[k] / earlier[0]) for earlier in late) for k in range(1, len(last) + 1)]
+        return [c, *(math.copysign(size, old / c) * c for size, old in zip(most, last, strict=True))]
 
     def between(self, step, now):
-        """(delta, c) at a step before ``now``: on the line from the last FULL step, bent by shares of the parabola."""
+        """The parts at a step before ``now``: on the line from the last FULL step, bent by shares of the parabola."""
         found = []
-        for k, name in enumerate(("delta", "c")):
-            line, bend = self.line_and_bend(self.fulls[-2:], now, step, name)
+        for k in range(self.count):
+            line, bend = self.line_and_bend(self.fulls[-2:], now, step, k)
             found.append(line + self.mean([fit[k] for fit in self.bends]) * bend)
         return found
 
-    def line_and_bend(self, before, after, step, name):
-        """Between the last of ``before`` and ``after``; the bend is 0 where there are no three times."""
+    def line_and_bend(self, before, after, step, k):
+        """Of part k between the last of ``before`` and ``after``; the bend is 0 where there are no three times."""
         at, start, end = (self.times[i] for i in (step, before[-1].step, after.step))
-        first, second = getattr(before[-1], name), getattr(after, name)
+        first, second = before[-1].parts[k], after.parts[k]
         if start == end:
             return second, 0.0
         slope = (second - first) / (end - start)
@@ -194,29 +244,32 @@ class Oracle:
         if len(before) < 2 or self.times[before[-2].step] == start:
             return line, 0.0
         earlier = self.times[before[-2].step]
-        curvature = (slope - (first - getattr(before[-2], name)) / (start - earlier)) / (end - earlier)
+        curvature = (slope - (first - before[-2].parts[k]) / (start - earlier)) / (end - earlier)
         return line, (at - start) * (at - end) * curvature
 
     def fit_bends(self, now):
-        """How much of the bend the last FULL step shows, had it been between its neighbours; per picture."""
+        """How much of the bend the last FULL step shows, had it been between its neighbours; per picture and part."""
         *before, last = self.fulls[-3:]
         found = []
-        for name in ("delta", "c"):
-            line, bend = self.line_and_bend(before, now, last.step, name)
-            found.append(least_squares(getattr(last, name) - line, bend))
+        for k in range(self.count):
+            line, bend = self.line_and_bend(before, now, last.step, k)
+            found.append(least_squares(last.parts[k] - line, bend))
         return found
 
     def fit(self, before, last, now):
-        """Least-squares coefficients of one FULL step."""
+        """Least-squares coefficients of one FULL step: gamma and the alphas, then the betas."""
         r = self.reach(before.step, last.step, now.step)
-        slope, slope_c = r * (last.delta - before.delta), r * (last.c - before.c)
-        rest, rest_c = now.delta - last.delta - slope, now.c - last.c - slope_c
-        pairs = [(now.delta - last.delta, slope), (rest, rest_c), (now.c - last.c, slope_c)]
-        return [least_squares(target, regressor) for target, regressor in pairs]
+        slopes = [r * (b - a) for a, b in zip(before.parts, last.parts, strict=True)]
+        moved = [b - a for a, b in zip(last.parts, now.parts, strict=True)]
+        rest_c, *rests = [a - b for a, b in zip(moved, slopes, strict=True)]
+        return list(map(least_squares, moved, slopes)), [least_squares(rest, rest_c) for rest in rests]
 
     def coefficients(self):
-        """alpha, beta, gamma."""
-        return [self.mean([fit[k] for fit in self.fits]) for k in range(3)]
+        """(gamma and the alphas, betas)"""
+        return [
+            [self.mean([fit[kind][k] for fit in self.fits]) for k in range(count)]
+            for kind, count in enumerate((self.count, self.count - 1))
+        ]
 
     def mean(self, found):
         """Over the FULL steps, each older one with 0.8 of the weight."""
@@ -265,16 +318,21 @@ class Staged(Oracle):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.through = sd3_stages if self.is_sd3 else unet_stages
+
+    def forget(self):
+        super().forget()
         self.stages = len(self.cut) + 1
         self.taken = {4: 1.0, 8: 0.5}[self.stages]
-        self.through = sd3_stages if self.is_sd3 else unet_stages
         self.known = {who: [[] for _ in range(self.stages)] for who in ("uncond", "cond", "pipelined")}
 
-    def full(self, i, uncond, cond):
+    def full(self, i, *branches):
+        if len(branches) != 2:
+            return [self.forward(**{**branch, "return_dict": False})[0] for branch in branches]
         predictions = []
-        for name, given in (("uncond", uncond), ("cond", cond)):
+        for name, given in zip(("uncond", "cond"), branches, strict=True):
             old = [None] * self.stages
-            if self.plan[:i].count("F") >= EXACT:
+            if self.plan[self.began : i].count("F") >= EXACT:
                 old[2::2] = [self.read(known, i) for known in self.known[name][2::2]]
             pred, made = self.through(self.denoiser, self.cut, [given] * self.stages, old)
             self.remember(name, i, made)
@@ -501,7 +559,7 @@ def denoise(pipe, prompt, noise, *, plan, rule="reuse", cut=None, guidance_scale
     device = noise.device
     scheduler.set_timesteps(len(plan), device=device)
     times, gains = closed_form(scheduler, scheduler.timesteps[0])
-    oracle = kind_of(cut)(denoiser, plan, rule, cut, times, gains, w=lambda: guidance_scale)
+    oracle = kind_of(cut)(denoiser, plan, rule, cut, times, gains, lambda *streams: [1.0, guidance_scale - 1])
     latents = noise if is_sd3 else noise * scheduler.init_noise_sigma
     height, width = (2 * side for side in noise.shape[-2:])
     sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=noise.dtype, device=device)
@@ -525,13 +583,17 @@ def denoise(pipe, prompt, noise, *, plan, rule="reuse", cut=None, guidance_scale
 
 
 @contextmanager
-def inside(pipe, *, plan, rule="reuse", cut=None, sampler=closed_form) -> Iterator[Oracle]:
+def inside(
+    pipe, *, plan, rule="reuse", cut=None, sampler=closed_form, skipped_layers=lambda step: None
+) -> Iterator[Oracle]:
     """Let a plain pipeline's own loop call the oracle in place of its denoiser, with the CFG batch [uncond, cond].
 
-    ``sampler`` gives (times, gains) for ``deferred``, from the scheduler and the run's first timestep.
+    ``sampler`` gives (times, gains) for ``deferred``, from the scheduler and the run's first timestep;
+    ``skipped_layers`` the layers that a further stream of a step is evaluated without.
     """
     denoiser = getattr(pipe, "transformer", None) or pipe.unet
-    oracle = kind_of(cut)(denoiser, plan, rule, cut, w=lambda: pipe.guidance_scale)
+    oracle = kind_of(cut)(denoiser, plan, rule, cut, weights=lambda *streams: guidance_of(pipe, streams))
+    further = []
 
     def half(value, index, batch):
         if isinstance(value, dict):
@@ -542,17 +604,33 @@ def inside(pipe, *, plan, rule="reuse", cut=None, sampler=closed_form) -> Iterat
     def forward(*args, **kwargs):
         kwargs |= zip(("sample", "timestep"), args, strict=False)
         if kwargs.get("skip_layers"):  # skip-layer guidance, beside the two branches
-            return oracle.forward(**kwargs)
+            return further
         if rule == "deferred" and oracle.times is None:
             oracle.times, oracle.gains = sampler(pipe.scheduler, kwargs["timestep"].flatten()[0])
-        if not pipe.do_classifier_free_guidance:  # a callback has turned it off for this step
-            oracle.steps += 1
-            return oracle.forward(**kwargs)
+        if not pipe.do_classifier_free_guidance:
+            return oracle(kwargs)
         batch = len(kwargs["encoder_hidden_states"])
-        return (torch.cat(oracle(half(kwargs, 0, batch), half(kwargs, 1, batch))),)
+        given = [half(kwargs, 0, batch), half(kwargs, 1, batch)]
+        if layers := skipped_layers(oracle.steps):
+            given.append({**given[1], "skip_layers": layers})
+        pred_u, pred_c, *further[:] = oracle(*given)
+        return (torch.cat([pred_u, pred_c]),)
 
     denoiser.forward = forward
     try:
         yield oracle
     finally:
         del denoiser.forward
+
+
+def guidance_of(pipe, streams):
+    """The weights of cond and of the distances: what a pipeline's own formulas make of a step's streams (one picture,
+    where they are rescaled)."""
+    if len(streams) == 1:
+        return [1.0]
+    pred_u, pred_c, *further = streams
+    weights = [1.0, pipe.guidance_scale - 1, *(pipe._skip_layer_guidance_scale for _ in further)]
+    share = getattr(pipe, "guidance_rescale", 0.0)
+    guided = pred_u + pipe.guidance_scale * (pred_c - pred_u)
+    factor = 1 - share + share * (pred_c.std() / guided.std()).item()
+    return [factor * weight for weight in weights]

@@ -2,7 +2,7 @@
 
 `inside` replaces the forward of a pipeline's denoisers and the step of its scheduler for the length of a call. FULL
 steps are evaluated as the pipeline asks for them, SKIPPED ones are answered with estimates, and the next FULL step pays
-for what these missed. Formulas: `hybridiff_xdit/estimates/deferred.py`, in words `integrations/` and the README.
+for what these missed. The formulas are in `hybridiff_xdit/estimates/deferred.py`.
 
 A prediction is kept as parts: that of cond, and the distance of each other stream from it. Each part is estimated and
 paid for on its own.
@@ -65,7 +65,7 @@ class Part:
         if not reach:
             return
         self.slopes.append(least_squares(c - b, reach * (b - a)))
-        if len({self.times[at] for at, _ in self.fulls[-4:]}) == 4:  # how much of a parabola's bend the middle one shows
+        if len({self.times[at] for at, _ in self.fulls[-4:]}) == 4:  # how far the middle one lies on a parabola
             line, bend = self.line_and_bend(middle, *self.fulls[-4:-2], self.fulls[-1])
             self.bends.append(least_squares(b - line, bend))
 
@@ -204,15 +204,23 @@ class Loop:
     # How the pipeline weighs the streams. A tensor that the scheduler does not get is taken to be weighed evenly.
 
     def impulses(self, step: int) -> list[float]:
-        """Of cond and of the distances, as last known."""
-        weights = self.weights[max(known for known in self.weights if known <= step)]
+        """Of cond and of the distances; on a step that is not over each distance's is as large as of late."""
+        steps = [known for known in self.weights if known <= step]
+        cond, *last = self.parted(self.weights[max(steps)])
+        if step in self.weights:
+            return [cond, *last]
+        earlier = [self.parted(self.weights[known]) for known in steps if known >= step - 5]
+        most = [max(abs(distances[k] / total) for total, *distances in earlier) for k in range(len(last))]
+        return [cond, *(np.copysign(size, old / cond) * cond for size, old in zip(most, last, strict=True))]
+
+    def parted(self, weights: np.ndarray) -> list[float]:
         return [weights.sum(), *(-weight for k, weight in enumerate(weights) if k != self.cond)]
 
     def impulse(self, tensor: int, place: int) -> Callable[[int], float]:
         return lambda step: 1.0 if tensor else self.impulses(step)[place]
 
     def settle(self) -> None:
-        """A payment was made with the weights of the step before. What it was short of is owed."""
+        """A payment was made with the largest weights of late. What it was short of is owed."""
         if self.payment is None:
             return
         step, taken = self.payment
@@ -321,9 +329,8 @@ def forwards(pipe: Any, function: Callable) -> Iterator[None]:
     denoisers = {id(part): part for name in DENOISERS if (part := getattr(pipe, name, None)) is not None}
     with ExitStack() as stack:
         for denoiser in denoisers.values():
-            original = denoiser.forward
-            denoiser.forward = wraps(original)(partial(function, denoiser, original))
-            stack.callback(delattr, denoiser, "forward")
+            forward = wraps(denoiser.forward)(partial(function, denoiser, denoiser.forward))
+            stack.enter_context(mock.patch.object(denoiser, "forward", forward))
         yield
 
 
@@ -356,8 +363,8 @@ def one_by_one(count: int, denoiser: Any, original: Callable, *args: Any, **kwar
     def cut(value: Any, index: int) -> Any:
         if isinstance(value, dict):
             return {key: cut(item, index) for key, item in value.items()}
-        is_batch = isinstance(value, Tensor) and value.ndim or isinstance(latents, list) and isinstance(value, list)
-        if is_batch and len(value) == len(latents):
+        is_batched = bool(value.ndim) if isinstance(value, Tensor) else type(value) is type(latents) is list
+        if is_batched and len(value) == len(latents):
             return value[index * size : (index + 1) * size]
         return type(value)(cut(item, index) for item in value) if isinstance(value, list | tuple) else value
 

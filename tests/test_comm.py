@@ -18,10 +18,9 @@ NESTS = {
 
 
 def by_numpy(tensors):
-    is_wide = all(tensor.element_size() > 1 for tensor in tensors)
-    raw = b"".join(bytes(tensor.view(torch.uint8).numpy()) for tensor in map(dense, tensors))
-    bits = np.frombuffer(raw, np.int16 if is_wide else np.uint8).astype(np.int64)
-    return int((bits * (2 * np.arange(1, len(bits) + 1) + 1)).sum())
+    raw = [(bytes(dense(tensor).view(torch.uint8).numpy()), tensor.element_size() > 1) for tensor in tensors]
+    bits = np.concatenate([np.frombuffer(one, np.int16 if is_wide else np.uint8) for one, is_wide in raw])
+    return int((bits.astype(np.int64) * (2 * np.arange(len(bits)) + 1)).sum())
 
 
 def dense(tensor):

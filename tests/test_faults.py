@@ -10,7 +10,7 @@ import torch.distributed as dist
 from diffusers import DDIMScheduler, PNDMScheduler
 from ranks import Ranks, device
 
-from hybridiff_xdit import HybridConfig, apply_hybrid
+from hybridiff_xdit import HybridConfig, apply_hybrid, last_report
 
 PLAN = "FFFPPPFPFF"
 
@@ -74,6 +74,8 @@ def differ(what):
         kwargs = dict(num_inference_steps=10 + rank)
     elif what == "guidance":
         kwargs = dict(guidance_scale=1.0 if rank else 5.0)
+    elif what == "guidance scale":
+        kwargs = dict(guidance_scale=4.0 if rank else 5.0)
     elif what == "plan":
         kwargs = dict(fields={"plan": "FPFFFFFFFF" if rank else PLAN})
     elif what == "dtype" and rank:
@@ -98,6 +100,7 @@ def differ(what):
         ("resolution", "number of prompts, pictures, or the resolution"),
         ("steps", "number of steps (--num_inference_steps)"),
         ("guidance", "guidance on or off (--guidance_scale)"),
+        ("guidance scale", "guidance (--guidance_scale)"),
         ("plan", "strategy (--hybrid_* flags)"),
         ("dtype", "dtypes"),
         ("weights", "model weights or adapters (--model)"),
@@ -124,6 +127,30 @@ def test_a_call_after_such_an_error_is_right(ranks):
     (kind, first), (_, second) = ranks().run(differ_then_agree)
     assert kind == "RuntimeError"
     assert torch.equal(first, second)
+
+
+def leaves_before_the_first_step(what):
+    """(error, seconds, latents of a call after it, of one before it). Rank 1 asks for what the pipeline refuses."""
+    pipe = tiny.pipeline("sd3")
+    apply_hybrid(pipe, HybridConfig(balance="flops", plan=PLAN))
+    expected = tiny.call(pipe, "sd3")
+    wrong = {"check": {"height": 33}, "noise": {"generator": [torch.Generator()] * 3}}[what]
+    started = time.monotonic()
+    try:
+        tiny.call(pipe, "sd3", **(wrong if dist.get_rank() else {}))
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"
+    return found, time.monotonic() - started, tiny.call(pipe, "sd3"), expected
+
+
+@pytest.mark.parametrize("what", ["check", "noise"])
+def test_an_error_of_one_rank_before_the_first_step_ends_the_other_too(ranks, what):
+    outcomes = ranks(group_timeout=60).run(leaves_before_the_first_step, what)
+    assert "another rank ended its call with an error before the first step" in outcomes[0][0]
+    assert outcomes[1][0].startswith("ValueError: ")
+    for _, seconds, after, expected in outcomes:
+        assert seconds < 30
+        assert torch.equal(after, expected)
 
 
 # The ranks part during the run.
@@ -159,8 +186,8 @@ def drift(step, fields):
 def test_drift_is_found_at_the_next_full_step(ranks, step, fields, noticed):
     outcomes = ranks().run(drift, step, fields)
     for kind, message, *_ in outcomes:
-        assert kind == "RuntimeError"
-        assert f"at step {noticed} the ranks' latents or prompts are no longer the same" in message
+        assert kind == "RunOver"
+        assert f"at step {noticed} the ranks' latents are no longer the same" in message
         assert "seed" in message
     assert torch.equal(outcomes[0][3], outcomes[1][3])
 
@@ -173,40 +200,74 @@ def die(rank, step, how):
         if i == step and dist.get_rank() == rank:
             if how == "dies":
                 os._exit(3)
-            raise FileNotFoundError("something of its own")
+            if how == "raises":
+                raise FileNotFoundError("something of its own")
+            pipe._interrupt = True
         return {}
 
     return caught(tiny.pipeline("sd3"), "sd3", callback_on_step_end=callback)
 
 
-@pytest.mark.parametrize(
-    ("how", "rank", "step"),
-    [("dies", 0, 1), ("dies", 0, 4), ("dies", 1, 1), ("dies", 1, 4), ("raises", 0, 1), ("raises", 1, 4)],
-)
-def test_a_rank_that_leaves_ends_the_other_with_its_number(ranks, rank, step, how):
+def leaves(rank, step, how):
+    """(what `die` came to, the seconds it took, latents of a call after it, of one before it)"""
+    pipe = tiny.pipeline("sd3")
+    apply_hybrid(pipe, HybridConfig(balance="flops", plan=PLAN))
+    expected = tiny.call(pipe, "sd3")
     started = time.monotonic()
-    outcomes = ranks(group_timeout=4).outcomes(die, rank, step, how)
+    found = die(rank, step, how)
+    return found, time.monotonic() - started, tiny.call(pipe, "sd3"), expected
+
+
+@pytest.mark.parametrize(("rank", "step"), [(0, 1), (0, 4), (1, 1), (1, 4)])
+def test_a_rank_that_dies_ends_the_other_with_its_number(ranks, rank, step):
+    started = time.monotonic()
+    outcomes = ranks(group_timeout=4).outcomes(die, rank, step, "dies")
     assert time.monotonic() - started < 30
     kind, message, _ = outcomes[1 - rank].value
     assert kind == "RuntimeError"
     assert f"rank {rank} did not answer rank {1 - rank}" in message
-    if how == "dies":
-        assert outcomes[rank].error == "ProcessDied: with exit code 3"
+    assert outcomes[rank].error == "ProcessDied: with exit code 3"
+
+
+@pytest.mark.parametrize("how", ["raises", "is interrupted"])
+@pytest.mark.parametrize(("rank", "step"), [(0, 0), (0, 1), (0, 2), (0, 4), (1, 2), (1, 5), (1, 8)])
+def test_a_rank_that_leaves_tells_the_other(ranks, rank, step, how):
+    """At their next exchange, and not by a time-out. The ranks can go on with another call."""
+    outcomes = ranks(group_timeout=60).run(leaves, rank, step, how)
+    kind, message, _ = outcomes[1 - rank][0]
+    assert kind == "RunOver" and f"rank {rank} left the run before step" in message
+    kind, message, _ = outcomes[rank][0]
+    if how == "raises":
+        assert (kind, message) == ("FileNotFoundError", "something of its own")
     else:
-        assert outcomes[rank].value[:2] == ("FileNotFoundError", "something of its own")
+        assert kind == "RuntimeError" and "this rank left the run after step" in message and "interrupted" in message
+    for _, seconds, after, expected in outcomes:
+        assert seconds < 30
+        assert torch.equal(after, expected)
 
 
 # What does not fit.
 
 
-def three():
-    apply_hybrid(tiny.pipeline("sd3"), HybridConfig())
+def three(fields):
+    pipe = tiny.pipeline("sd3")
+    plain = tiny.call(pipe, "sd3")
+    apply_hybrid(pipe, HybridConfig(**fields))
+    return tiny.call(pipe, "sd3"), plain
 
 
-def test_three_ranks_are_refused(ranks):
-    for outcome in ranks(3).outcomes(three):
+@pytest.mark.parametrize("fields", [{"plan": PLAN}, {"kinds": "FPS"}, {"policy": "paper"}], ids=str)
+def test_three_ranks_are_refused_where_steps_are_pipelined(ranks, fields):
+    for outcome in ranks(3).outcomes(three, fields):
         assert "--hybrid_stages 2 (HybridConfig.stages) runs on 2 ranks, but the group has 3" in outcome.error
         assert "--nproc_per_node 2" in outcome.error
+
+
+def test_three_ranks_are_taken_where_nothing_is(ranks):
+    """The third has no stream of its own."""
+    (first, plain), *others = ranks(3).run(three, {"policy": "cfg"})
+    assert all(torch.equal(latents, first) for latents, _ in others)
+    assert (first - plain).abs().max() < 1e-5 * plain.abs().max()
 
 
 def does_not_fit(name, fields, steps):
@@ -265,20 +326,19 @@ class Pipe:
         vars(self).update(parts)
 
 
-class GuidedPipe(Pipe):
-    do_classifier_free_guidance = True
-
-
 @pytest.mark.parametrize("part", ["unet", "transformer"])
-def test_a_denoiser_that_is_not_understood_is_refused_and_left_alone(part):
-    pipe = GuidedPipe(**{part: torch.nn.Linear(2, 2)})
+def test_a_denoiser_that_is_not_understood_is_refused_where_it_is_split(part):
+    pipe = Pipe(scheduler=DDIMScheduler(), **{part: torch.nn.Linear(2, 2)})
     before = dict(vars(pipe))
-    with pytest.raises(ValueError, match=r"structure of Linear.*--parallel cfg"):
-        apply_hybrid(pipe, HybridConfig())
-    assert vars(pipe) == before
+    with pytest.raises(ValueError, match=r"structure of Linear.*--hybrid_kinds FS"):
+        apply_hybrid(pipe, HybridConfig(plan=PLAN), simulate=True)
+    assert vars(pipe) == before and type(pipe) is Pipe
+    assert last_report(pipe) is None
 
 
-@pytest.mark.parametrize("pipe", [Pipe(unet=torch.nn.Linear(2, 2)), GuidedPipe(prior=None)], ids=["no CFG", "no unet"])
-def test_a_pipeline_without_guidance_or_denoiser_is_refused(pipe):
-    with pytest.raises(ValueError, match="needs a pipeline that does classifier-free guidance"):
-        apply_hybrid(pipe, HybridConfig())
+@pytest.mark.parametrize(
+    "parts", [{"unet": torch.nn.Linear(2, 2)}, {"prior": None, "scheduler": DDIMScheduler()}], ids=["no scheduler", ""]
+)
+def test_a_pipeline_without_scheduler_or_denoiser_is_refused(parts):
+    with pytest.raises(ValueError, match="needs a pipeline with a scheduler and a denoiser"):
+        apply_hybrid(Pipe(**parts), HybridConfig())

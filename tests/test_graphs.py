@@ -4,6 +4,7 @@ What the tape cannot show, that a GPU's graphs give the same bits, is tests/gpu/
 """
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import test_simulate
@@ -48,10 +49,10 @@ class Double(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.full((2,), 2.0))
         self.inner = nn.Identity()
-        self.calls = []
+        self.note = [].append  # a method: a list would be state that changes on every call
 
     def forward(self, x, scale=1.0):
-        self.calls.append(x)
+        self.note(x)
         return self.weight * x * scale
 
 
@@ -207,7 +208,7 @@ HOOKS = {
     "forward hook": lambda m: m.inner.register_forward_hook(lambda *args: None),
     "forward pre-hook": lambda m: m.register_forward_pre_hook(lambda *args: None),
     "accelerate's": lambda m: setattr(m, "_hf_hook", object()),
-    "diffusers'": lambda m: setattr(m.inner, "_diffusers_hook", object()),
+    "diffusers'": lambda m: setattr(m.inner, "_diffusers_hook", SimpleNamespace(hooks={"cache": object()})),
 }
 
 
@@ -215,8 +216,21 @@ HOOKS = {
 def test_a_hook_is_said_once_and_runs_on_every_call(double, kind, caplog):
     HOOKS[kind](double.module)
     assert [double(v) for v in (1.0, 2.0, 3.0)] == [2.0, 4.0, 6.0]
-    assert not double.tape and len(double.module.calls) == 3
+    assert not double.tape and len(double.module.note.__self__) == 3
     assert caplog.text.count("runs without CUDA graphs, since") == 1 and "hook" in caplog.text
+
+
+def test_a_registry_without_hooks_is_no_matter(double):
+    """As a pipeline leaves behind that names its calls."""
+    double.module._diffusers_hook = SimpleNamespace(hooks={})
+    assert [double(v) for v in (1.0, 2.0, 3.0)] == [2.0, 4.0, 6.0] and double.tape == [2]
+
+
+def test_state_that_changes_on_every_step_is_captured_for_none(double):
+    """A list that a forward appends to, say."""
+    double.module.noted = noted = []
+    double.module.note = noted.append
+    assert [double(v) for v in (1.0, 2.0, 3.0)] == [2.0, 4.0, 6.0] and not double.tape
 
 
 def test_gradients_and_autocast_are_no_matter_for_a_graph(tape, monkeypatch, caplog):
@@ -265,12 +279,13 @@ def test_a_second_run_and_another_resolution_are_right(tape):
 def test_graphs_that_hold_exchanges_are_released_before_a_group_is_destroyed(double, monkeypatch):
     held = []
     monkeypatch.setattr(dist, "destroy_process_group", lambda group: held.append((group, double.graphs.captured())))
-    graphs._watch_groups.cache_clear()
+    before = dist.destroy_process_group
     for _ in range(2):
-        release_before_groups(double.graphs)
+        end = release_before_groups(double.graphs)
     for _ in range(2):
         double(1.0)
     assert double.graphs.captured()
     dist.destroy_process_group("a group")
     assert held == [("a group", {})]
-    graphs._watch_groups.cache_clear()  # what it replaced is put back
+    end()
+    assert dist.destroy_process_group is before

@@ -1,9 +1,11 @@
-"""The rule ``deferred`` on made-up predictions: its equations, with no process and no model."""
+"""The rules on made-up predictions, and the weights of streams: equations, with no process and no model."""
 
+import numpy as np
 import pytest
 import torch
 
 from hybridiff_xdit.estimates.rules import RULES
+from hybridiff_xdit.estimates.weights import Guidance, Weights, dots, plain, solve
 from hybridiff_xdit.schedule.sampler import Sampler
 
 SHAPE = (2, 4, 6, 6)
@@ -16,22 +18,39 @@ def random(seed):
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
-def rule(name="deferred", times=TIMES, gains=GAINS):
-    return RULES[name](Sampler(times, gains, tuple(map(abs, gains))))
+def rule(name="deferred", times=TIMES, gains=GAINS, weights=None):
+    guidance = Guidance(weights or Weights(1, 1.0, (W - 1,)))
+    return RULES[name](Sampler(times, gains, tuple(map(abs, gains))), guidance)
+
+
+def run(made, plan, streams, weights):
+    """What the rule hands the pipeline on each step, by stream.
+
+    As the engine does it: the weights of the first step are known when the rule begins, those of a later one when it is
+    over.
+
+    Args:
+        streams: true predictions, by stream and step.
+        weights: of each step.
+    """
+    handed = []
+    for i, (kind, column, read) in enumerate(zip(plan, zip(*streams, strict=True), weights, strict=True)):
+        if i == 0:
+            made.guidance.learn(i, read)
+        if kind == "F":
+            handed.append(made.full(i, column))
+        elif kind == "P":
+            handed.append(made.pipelined(i, column[read.cond]))
+        else:
+            handed.append(made.skipped(i))
+        made.guidance.learn(i, read)
+    return handed
 
 
 def follow(made, plan, pred_u, pred_c, w=W):
-    """What the rule hands the pipeline on each step: [(pred_u, pred_c)]. ``w`` may be one number a step."""
+    """What the rule hands the pipeline on each step: [[pred_u, pred_c]]. ``w`` may be one number a step."""
     ws = [w] * len(plan) if isinstance(w, float) else w
-    pairs = []
-    for i, kind in enumerate(plan):
-        if kind == "F":
-            pairs.append(made.full(i, pred_u[i], pred_c[i], ws[i] - 1))
-        elif kind == "P":
-            pairs.append(made.pipelined(i, pred_c[i], ws[i] - 1))
-        else:
-            pairs.append(made.skipped(i, ws[i] - 1))
-    return pairs
+    return run(made, plan, (pred_u, pred_c), [Weights(1, 1.0, (w - 1,)) for w in ws])
 
 
 def straight(seed):
@@ -111,8 +130,8 @@ def test_estimates_do_not_depend_on_w_nor_does_what_a_full_step_is_handed(w):
 
 
 def test_a_w_that_changes_is_taken_into_the_debt():
-    pred_u, pred_c, plan = bent(0), bent(20), "FFFSFSSFSF"
-    w = [5.0, 5.0, 5.0, 9.0, 2.0, 7.0, 3.0, 5.0, 1.5, 4.0]
+    pred_u, pred_c, plan = bent(0), bent(20), "FFFSFFFFFF"
+    w = [5.0, 5.0, 5.0, 9.0, 2.0, 4.0, 4.0, 4.0, 4.0, 4.0]  # steps 4 to 8 pay as if it were 9, and so not enough
     paid = impulse(follow(rule(), plan, pred_u, pred_c, w), w)
     steady = impulse(follow(rule(), plan, pred_u, pred_c), w)  # pays for w = 5 throughout
     expected = impulse(list(zip(pred_u, pred_c, strict=True)), w)
@@ -166,12 +185,12 @@ def test_trials_are_what_a_run_with_fewer_full_steps_would_have_missed(name):
     pred_u, pred_c, plan, step = wavy(0), wavy(20), "FFFSF", 6
     made = rule(name)
     follow(made, plan, pred_u[:5], pred_c[:5])
-    near, far = made.trials(step, pred_u[step], pred_c[step], W - 1)
+    near, far = made.trials(step, [pred_u[step], pred_c[step]])
     assert (near.distance, far.distance) == (2, 4)
     delta, scale = pred_c[step] - pred_u[step], pred_u[step].abs().mean()
-    u, c = made.pipelined(step, pred_c[step], W - 1)
+    u, c = made.pipelined(step, pred_c[step])
     assert near.pipelined.item() == pytest.approx(((delta - (c - u)).abs().mean() / scale).item(), rel=1e-4)
-    u, c = made.skipped(step, W - 1)
+    u, c = made.skipped(step)
     guided = pred_c[step] + (W - 1) * delta - (c + (W - 1) * (c - u))
     assert near.skipped.item() == pytest.approx((guided.abs().mean() / (W - 1) / scale).item(), rel=1e-4)
     if name == "reuse":
@@ -181,16 +200,16 @@ def test_trials_are_what_a_run_with_fewer_full_steps_would_have_missed(name):
 
 def test_there_are_no_trials_before_there_is_something_to_try():
     made = rule()
-    assert made.trials(0, random(0), random(1), W - 1) == []
-    made.full(0, random(0), random(1), W - 1)
-    assert len(made.trials(1, random(2), random(3), W - 1)) == 1
+    assert made.trials(0, [random(0), random(1)]) == []
+    made.full(0, [random(0), random(1)])
+    assert len(made.trials(1, [random(2), random(3)])) == 1
 
 
 @pytest.mark.parametrize("name", ["mixed", "none"])
 def test_rules_that_estimate_nothing_have_no_trials(name):
     made = rule(name)
-    made.full(0, random(0), random(1), W - 1)
-    assert made.trials(1, random(2), random(3), W - 1) == [] and not made.estimates
+    made.full(0, [random(0), random(1)])
+    assert made.trials(1, [random(2), random(3)]) == [] and not made.estimates
 
 
 def test_two_evaluations_at_one_time_are_no_division_by_zero():
@@ -199,3 +218,143 @@ def test_two_evaluations_at_one_time_are_no_division_by_zero():
     for plan in ("FFFSFPSFPF", "FSFPFSFFSF", "FFFFSSSFFF"):
         for pair in follow(rule(times=times), plan, wavy(0), wavy(20)):
             assert all(p.isfinite().all() for p in pair)
+
+
+# Any number of streams.
+
+THREE = Weights(1, -1.0, (4.0, -2.5))  # -(c + 4 (c - s_0) - 2.5 (c - s_2)), c the second of three
+
+
+def moved(handed, weights):
+    """What the streams' weighted sums move the sample by."""
+    total = 0
+    for gain, streams, read in zip(GAINS, handed, weights, strict=True):
+        cond = streams[read.cond]
+        others = [stream for k, stream in enumerate(streams) if k != read.cond]
+        distances = zip(read.deltas, others, strict=True)
+        total = total + gain * read.kappa * (cond + sum(a * (cond - s) for a, s in distances))
+    return total
+
+
+@pytest.mark.parametrize("weights", [THREE, Weights(0, 1.0, ())], ids=["three streams", "one stream"])
+def test_of_each_stream_the_error_is_paid_back(weights):
+    streams, plan = [bent(10 * k) for k in range(1 + len(weights.deltas))], "FFFSFSSFSF"
+    read = [weights] * len(plan)
+    handed = run(rule(weights=plain(len(streams))), plan, streams, read)
+    true = list(zip(*streams, strict=True))
+    lines = list(zip(*(on_lines(plan, stream) for stream in streams), strict=True))
+    torch.testing.assert_close(moved(handed, read), moved(true, read), rtol=1e-3, atol=1e-2)
+    assert (moved(lines, read) - moved(true, read)).norm() > 50 * (moved(handed, read) - moved(true, read)).norm()
+    for i, kind in enumerate(plan):
+        if kind == "S":
+            assert all((a - b).abs().max() > 0.01 for a, b in zip(handed[i], true[i], strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_straight_lines_of_any_number_of_streams_are_estimated_without_an_error(count):
+    streams, plan = [straight(10 * k) for k in range(count)], "FFFSFSSFSF"
+    for i, handed in enumerate(run(rule(weights=plain(count)), plan, streams, [plain(count)] * len(plan))):
+        for k, stream in enumerate(handed):
+            torch.testing.assert_close(stream, streams[k][i], atol=1e-4, rtol=1e-4)
+
+
+def test_trials_of_three_streams_weigh_each_distance_by_its_largest_weight():
+    streams, made, step = [wavy(10 * k) for k in range(3)], rule("reuse", weights=THREE), 3
+    run(made, "FFF", [stream[:3] for stream in streams], [THREE] * 3)
+    near, _ = made.trials(step, [stream[step] for stream in streams])
+    (s, c, t), (old_s, old_c, old_t) = ([stream[i] for stream in streams] for i in (step, 2))
+    missed = (c - old_c) + 4 * ((c - s) - (old_c - old_s)) + 2.5 * ((c - t) - (old_c - old_t))
+    assert near.skipped.item() == pytest.approx((missed.abs().mean() / 4 / s.abs().mean()).item(), rel=1e-4)
+
+
+def test_what_a_change_of_w_leaves_unpaid_is_paid_on_the_next_full_step():
+    """Step 4 pays for w = 5 and turns out to have w = 9: it has paid twice what it owed, and step 5 takes that back."""
+    pred_u, pred_c = bent(0), bent(20)
+    ws = [5.0] * 4 + [9.0] * 2
+    handed, steady = (follow(rule(), "FFFSFF", pred_u[:6], pred_c[:6], w) for w in (ws, 5.0))
+    torch.testing.assert_close(handed[4], steady[4])  # nothing is known of it yet
+    assert steady[5][0] is pred_u[5] and steady[5][1] is pred_c[5]
+    true = zip(pred_u, pred_c, strict=True)
+    paid, in_short = (
+        sum(gain * (u + w * (c - u)) for gain, w, (u, c) in zip(GAINS, ws, pairs, strict=False))
+        for pairs in (handed, [*handed[:5], (pred_u[5], pred_c[5])])
+    )
+    curves = sum(gain * (u + w * (c - u)) for gain, w, (u, c) in zip(GAINS, ws, true, strict=False))
+    owed = [(1 - 8 / 4) * GAINS[4] * 4 * (d - e) for d, e in [(handed[4][1] - handed[4][0], pred_c[4] - pred_u[4])]]
+    given = (handed[5][1] - handed[5][0]) - (pred_c[5] - pred_u[5])
+    torch.testing.assert_close(GAINS[5] * 8 * given, owed[0], rtol=1e-3, atol=1e-3)
+    assert (paid - curves).norm() < (in_short - curves).norm()
+
+
+# The weights, from what the scheduler is handed.
+
+SAMPLE, S, T = random(100), random(101), random(102)
+U, C = random(103), random(104)
+
+
+def weighed(output, *streams):
+    return solve(dots(output, SAMPLE, streams).numpy())
+
+
+@pytest.mark.parametrize(
+    ("output", "streams", "expected"),
+    [
+        (U + 5 * (C - U), (U, C), Weights(1, 1.0, (4.0,))),
+        (U + 5 * (C - U), (C, U), Weights(0, 1.0, (4.0,))),
+        (-(U + 5 * (C - U)), (U, C), Weights(1, -1.0, (4.0,))),
+        (C + 3 * (C - U), (C, U), Weights(0, 1.0, (3.0,))),  # w counted from 0
+        (C, (U, C), Weights(1, 1.0, (0.0,))),
+        (SAMPLE - 0.6 * (U + 5 * (C - U)), (U, C), Weights(1, -0.6, (4.0,))),
+        (U + 3 * (C - U) + 7 * (S - U), (S, C, U), Weights(0, 1.0, (-3.0, 9.0))),
+        (C + 4 * (C - S) - 2.5 * (C - T), (S, C, T), Weights(1, 1.0, (4.0, -2.5))),
+        (-2 * C, (C,), Weights(0, -2.0, ())),
+    ],
+    ids=["u, c", "c, u", "negated", "w + 1", "cond alone", "with the sample", "two conditions", "three", "one stream"],
+)
+def test_the_weights_are_those_of_the_formula(output, streams, expected):
+    found = weighed(output, *streams)
+    assert found.cond == expected.cond
+    np.testing.assert_allclose([found.kappa, *found.deltas], [expected.kappa, *expected.deltas], rtol=1e-5, atol=1e-5)
+
+
+def test_weights_are_read_of_what_low_precision_and_rescaling_leave():
+    guided = U + 5 * (C - U)
+    for output in ((guided.half() * 0.8).float(), guided.bfloat16()):
+        found = weighed(output, U.half(), C.half())
+        assert found.cond == 1 and found.deltas == pytest.approx((4.0,), rel=0.01)
+
+
+def test_a_larger_prediction_is_read_where_the_scheduler_reads_it():
+    u, c = (torch.cat([value, random(200 + i)], dim=1) for i, value in enumerate((U, C)))
+    assert weighed(U + 5 * (C - U), u, c).deltas == pytest.approx((4.0,))
+    assert dots(U, SAMPLE, [U[:1], C[:1]]) is None
+
+
+def test_weights_that_cannot_be_told_are_none():
+    assert weighed(U, U, U.clone()) is None  # equal streams
+    assert weighed(C, U, C, C.clone()) is None
+    assert weighed(random(300), U, C) is None  # made of something else
+    assert weighed(torch.full_like(U, torch.nan), U, C) is None
+    assert weighed(torch.zeros_like(U), U, C) is None
+
+
+def test_weights_hold_until_others_are_read():
+    guidance = Guidance(plain(2))
+    assert (guidance.at(3), guidance.most) == (Weights(1, 1.0, (1.0,)), 1.0)
+    for step, read in ((0, Weights(1, 1.0, (4.0,))), (1, None), (2, Weights(1, 1.0, (-6.0,))), (3, plain(3))):
+        guidance.learn(step, read)
+    assert [guidance.at(step).deltas for step in range(5)] == [(4.0,), (4.0,), (-6.0,), (-6.0,), (-6.0,)]
+    assert guidance.most == 6.0
+
+
+def test_weights_are_told_from_the_cond_of_the_run():
+    """Where another stream weighs more for a while, the sum is the same, and what is owed is owed of the same parts."""
+    read = THREE.seen_from(2)
+    torch.testing.assert_close(moved([(S, C, T)] * 10, [read] * 10), moved([(S, C, T)] * 10, [THREE] * 10))
+    guidance = Guidance(THREE)
+    guidance.learn(0, read)
+    assert (guidance.cond, guidance.at(0), guidance.largest) == (1, THREE, (4.0, 2.5))
+    streams, plan = [bent(0), bent(10), bent(20)], "FFFSFSSFSF"
+    steady, told = (run(rule(weights=THREE), plan, streams, [THREE] * 4 + [w] * 6) for w in (THREE, read))
+    for one, other in zip(steady, told, strict=True):
+        torch.testing.assert_close(one, other)

@@ -14,7 +14,7 @@ SOURCES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for
 
 #: Files and folders of the package, from bottom to top: what stands in one may import what stands in those before it.
 #: `planner` stands before `seam` because the known checkpoints are made of its configurations of denoisers.
-ROOMS = ("trees", "ranks", "schedule", "estimates", "evaluate", "config", "report", "planner", "seam", "xdit")
+ROOMS = ("trees", "ranks", "schedule", "estimates", "evaluate", "config", "engine", "report", "planner", "seam", "xdit")
 
 #: The doors import from the top: the package's own names, and one line that calls xdit/.
 DOORS = ("__init__", "launch")
@@ -106,7 +106,7 @@ def test_no_cuda_event_and_no_synchronize():
     # But for two: measurements are waited for by themselves, which leaves the GPU the steps that are queued behind; and
     # units are timed before the first run.
     waiting = {source for source in SOURCES if called(source) & {"synchronize", "Event"}}
-    assert waiting == {"seam/hooks.py", "evaluate/graphs.py"}
+    assert waiting == {"engine.py", "evaluate/graphs.py"}
 
 
 def test_importing_the_package_does_not_import_xfuser():

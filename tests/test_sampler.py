@@ -63,8 +63,7 @@ def made(case, steps=10, **changes):
 
 
 def reading(scheduler, start=0, **extra):
-    times = scheduler.timesteps.tolist()
-    return read_sampler(scheduler, times[start], len(times) - start, **extra)
+    return read_sampler(scheduler, start, len(scheduler.timesteps) - start, **extra)
 
 
 def close(found, expected):

@@ -24,7 +24,8 @@ errors of the steps' impulses are added there,
 
 with the sampler's gains :math:`G` (`Sampler.gains`) and what the pipeline makes of the streams (`weights`): :math:`k`
 of a prediction, and :math:`v = k (w - 1)` of a distance. Those of step :math:`b` itself are known only when it is over.
-Until then they are taken for those of the step before; what that leaves unpaid is paid on the FULL step after. On
+Until then :math:`w` is taken for the largest of late (`Guidance.ahead`); what that leaves unpaid is paid on the FULL step
+after. On
 PIPELINED steps cond owes nothing, and :math:`D(t_j)` has :math:`\beta\, (c_j - C(t_j))` added. A FULL step whose gain
 is too small to carry the debt (`Sampler.carries`) leaves it to the next.
 
@@ -92,7 +93,7 @@ class Deferred(Reuse):
             self._owe([gains[at] * weight * (right - estimate) for weight, right, estimate in impulses])
             self._owing.append(at)
         self._used.clear()
-        weights = self.guidance.at(step)
+        weights = self.guidance.ahead(step)
         divisors = [gains[step] * weight for weight in _impulses(weights)]
         if self._debt is None or not self.sampler.carries(step, self._owing) or not all(divisors):
             return list(streams)
@@ -101,7 +102,7 @@ class Deferred(Reuse):
         self._debt = None
         self._owing.clear()
         missing = [owed_c - delta for delta in owed]
-        missing.insert(self._cond, owed_c)
+        missing.insert(self.guidance.cond, owed_c)
         return [(stream.float() + more).to(stream.dtype) for stream, more in zip(streams, missing, strict=True)]
 
     def _owe(self, added: list[torch.Tensor]) -> None:

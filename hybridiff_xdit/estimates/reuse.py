@@ -72,21 +72,14 @@ class Reuse(Rule):
         return getattr(self, "_known", [])
 
     def _measured(self, step: int, streams: Sequence[torch.Tensor]) -> Known:
-        at = self._cond
+        at = self.guidance.cond
         c = streams[at].float()
         return Known(step, c, tuple(c - stream.float() for k, stream in enumerate(streams) if k != at))
-
-    @property
-    def _cond(self) -> int:
-        """Number of the stream that is cond: what it was when the run began."""
-        if not hasattr(self, "_cond_at_first"):
-            self._cond_at_first = self.guidance.at(0).cond
-        return self._cond_at_first
 
     def _use(self, estimate: Known, is_evaluated: bool) -> Streams:
         """The streams that hand an estimate to the pipeline; ``is_evaluated``: its cond is."""
         streams = [estimate.cond - delta for delta in estimate.deltas]
-        streams.insert(self._cond, estimate.cond)
+        streams.insert(self.guidance.cond, estimate.cond)
         return [stream.to(self._dtype) for stream in streams]
 
     def _estimate(self, known: Sequence[Known], step: int, cond: torch.Tensor | None = None) -> Known:

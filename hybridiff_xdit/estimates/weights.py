@@ -12,6 +12,7 @@ much better). Classifier-free guidance, :math:`u + w (c - u)`, has :math:`a_c / 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,8 +24,13 @@ MOST_NUMBERS = 1 << 16
 
 #: Share of the scheduler's input, squared, that the streams leave unexplained where the weights are exact.
 EXACT = 1e-3
+#: Square of what streams differ by, over the square of the first, up to which they count as equal.
+EQUAL = 1e-12
 #: The share above which what was found means nothing: the scheduler's input is made in another way.
 UNEXPLAINED = 0.5
+
+#: Steps before one whose guidance is not known yet, of which the largest is taken for it.
+LATE = 5
 
 
 class Weights(NamedTuple):
@@ -40,6 +46,12 @@ class Weights(NamedTuple):
     cond: int
     kappa: float
     deltas: tuple[float, ...]
+
+    def seen_from(self, cond: int) -> Weights:
+        """The same weights where another stream is taken for cond."""
+        shares = [-weight for weight in self.deltas]
+        shares.insert(self.cond, 1 - sum(shares))
+        return Weights(cond, self.kappa, tuple(-share for k, share in enumerate(shares) if k != cond))
 
 
 def plain(count: int, cond: int | None = None) -> Weights:
@@ -97,7 +109,8 @@ def solve(products: np.ndarray) -> Weights | None:
     first, *others = found[:count]
     shares = np.array([first - sum(others), *others])  # a_k
     kappa = shares.sum()
-    if (count > 1 and min(products[k, k] for k in range(2, count + 1)) <= 1e-12 * products[1, 1]) or kappa == 0:
+    differences = products[2 : count + 1, 2 : count + 1]
+    if (count > 1 and np.linalg.eigvalsh(differences)[0] <= EQUAL * products[1, 1]) or kappa == 0:
         return None
     cond = int(np.argmax(shares / kappa))
     return Weights(cond, float(kappa), tuple(float(-share / kappa) for k, share in enumerate(shares) if k != cond))
@@ -109,7 +122,10 @@ def _fit(products: np.ndarray, rows: range) -> tuple[np.ndarray, float]:
     scale[scale == 0] = 1.0
     gram = products[np.ix_(rows, rows)] / np.outer(scale, scale)
     right = products[list(rows), 0] / scale
-    found = np.linalg.lstsq(gram, right, rcond=1e-10)[0]
+    try:
+        found = np.linalg.solve(gram, right)
+    except np.linalg.LinAlgError:  # streams that are equal
+        found = np.linalg.lstsq(gram, right, rcond=1e-10)[0]
     missed = products[0, 0] - 2 * found @ right + found @ gram @ found
     return found / scale, float(max(missed, 0.0) / products[0, 0])
 
@@ -118,25 +134,47 @@ class Guidance:
     """The weights of a run's steps, as they come to be known.
 
     Args:
-        weights: those that hold until others are read.
+        weights: those that hold until others are read. Their cond is that of the run: on a step where another stream
+            weighs more, its weights are told from the run's cond.
     """
 
     def __init__(self, weights: Weights) -> None:
         self._first = weights
         self._read: dict[int, Weights] = {}
-        self.largest = tuple(max(1.0, abs(weight)) for weight in weights.deltas)
+        self._most = (0.0,) * len(weights.deltas)  # as read, by distance
 
     def learn(self, step: int, weights: Weights | None) -> None:
         """Take the weights of a step; None where they could not be told. Steps come in order."""
-        if weights is not None and len(weights.deltas) == len(self.largest):
-            self._read[step] = weights
-            self.largest = tuple(map(max, self.largest, map(abs, weights.deltas)))
+        if weights is not None and len(weights.deltas) == len(self._most):
+            self._read[step] = weights.seen_from(self.cond)
+            self._most = tuple(map(max, self._most, map(abs, self._read[step].deltas)))
 
     def at(self, step: int) -> Weights:
         """The weights of a step: as read there, else on the last step before it."""
         if step in self._read:
             return self._read[step]
         return next((self._read[known] for known in sorted(self._read, reverse=True) if known < step), self._first)
+
+    def ahead(self, step: int) -> Weights:
+        """The weights to take for a step that is not over: the last ones, each distance's as large as of late (`LATE`).
+
+        A payment that is made for more guidance than there is leaves something to pay; one for less pays too much, and
+        by any factor where the guidance was all but off on the step before.
+        """
+        last = self.at(step)
+        late = [self._read[known].deltas for known in range(step - LATE, step) if known in self._read] or [last.deltas]
+        most = (max(map(abs, weights)) for weights in zip(*late, strict=True))
+        return last._replace(deltas=tuple(map(math.copysign, most, last.deltas)))
+
+    @property
+    def cond(self) -> int:
+        """Number of the stream that is cond."""
+        return self._first.cond
+
+    @property
+    def largest(self) -> tuple[float, ...]:
+        """The largest weight of each distance so far, at least 1."""
+        return tuple(max(1.0, weight) for weight in self._most)
 
     @property
     def most(self) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -32,15 +32,23 @@ class Call:
         evaluate: the module's call as it would be without us; takes the inputs by name.
         inputs: the arguments by name.
         context: name that the pipeline gave the call by ``cache_context``, if it did.
-        kind: what two calls have in common that ask for the same streams of a step. (A forward may empty lists that it
-            is given, so it is noted before.)
     """
 
     denoiser: torch.nn.Module
     evaluate: Callable[..., Any]
     inputs: Inputs
     context: str | None = None
-    kind: Any = None
+
+    @cached_property
+    def flat(self) -> tuple[list[Any], Any]:
+        """The leaves of the inputs, and their structure. (A forward may empty lists that it is given: ask before it.)"""
+        return pytree.tree_flatten(self.inputs)
+
+    @cached_property
+    def kind(self) -> Any:
+        """What two calls have in common that ask for the same streams of a step."""
+        leaves, spec = self.flat
+        return id(self.denoiser), self.context, spec, tuple(map(kind_of, leaves))
 
     @property
     def latents(self) -> Any:
@@ -60,7 +68,7 @@ class Call:
     @property
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor among the arguments."""
-        return [leaf for leaf in pytree.tree_leaves(self.inputs) if isinstance(leaf, torch.Tensor)]
+        return [leaf for leaf in self.flat[0] if isinstance(leaf, torch.Tensor)]
 
 
 def read_call(denoiser: torch.nn.Module, evaluate: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Call:
@@ -69,19 +77,32 @@ def read_call(denoiser: torch.nn.Module, evaluate: Callable[..., Any], args: Any
     Raises:
         TypeError: they do not fit its forward.
     """
-    bound = _signature(type(getattr(denoiser, "_orig_mod", denoiser))).bind(None, *args, **kwargs)
+    beneath: Any = getattr(denoiser, "_orig_mod", denoiser)  # of torch.compile
+    bound = _signature(_forward_of(type(beneath))).bind(None, *args, **kwargs)
     inputs: Inputs = {}
     for name, value in bound.arguments.items():
         kind = bound.signature.parameters[name].kind
         inputs |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
     inputs.pop(next(iter(bound.signature.parameters)))
-    leaves, spec = pytree.tree_flatten(inputs)
-    return Call(denoiser, evaluate, inputs, context, (id(denoiser), context, spec, tuple(map(kind_of, leaves))))
+    call = Call(denoiser, evaluate, inputs, context)
+    assert call.kind
+    return call
+
+
+def _forward_of(cls: type) -> Any:
+    """Its forward; where that only hands its arguments on, the one that it overrides."""
+    forwards = [vars(base)["forward"] for base in cls.__mro__ if "forward" in vars(base)]
+    return next((forward for forward in forwards if _names_arguments(_signature(forward))), forwards[0])
+
+
+def _names_arguments(signature: inspect.Signature) -> bool:
+    kinds = [parameter.kind for parameter in signature.parameters.values()][1:]
+    return not {*kinds} <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 
 
 @lru_cache(maxsize=64)
-def _signature(cls: Any) -> inspect.Signature:
-    return inspect.signature(cls.forward)
+def _signature(function: Any) -> inspect.Signature:
+    return inspect.signature(function)
 
 
 def count_parts(call: Call) -> int:

@@ -22,8 +22,9 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable
-from functools import cache, wraps
-from itertools import compress, count, pairwise
+from contextlib import ExitStack
+from functools import wraps
+from itertools import count, pairwise
 from statistics import median
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -33,6 +34,7 @@ import torch.distributed as dist
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import nn
 
+from ..ranks.comm import Comm
 from ..trees import Indescribable, describe, map_tensors, modules_of, tensors_of
 
 logger = logging.getLogger(__name__)
@@ -54,8 +56,12 @@ _CONSTANTS = frozenset((bool, int, float, str))
 #: What every module holds: its tensors, modules and hooks are looked at by themselves.
 _MODULES_OWN = frozenset(vars(nn.Module())) | {"forward"}
 
+#: What is looked at on every step, or is refused if it does anything.
+_LOOKED_AT = frozenset(("processor", "_diffusers_hook", *_ADAPTERS))
+
 #: Graphs that hold exchanges of a process group.
 _HOLDING: WeakSet[Graphs] = WeakSet()
+_UNDO = ExitStack()  # of what has them released
 
 Piece = Callable[..., Any]
 
@@ -83,11 +89,13 @@ class Graphs:
     Args:
         denoiser: whose pieces they are.
         is_on: whether anything is to be captured.
+        across: the ranks that evaluate with this one what it evaluates, where tokens are split. Pieces then hold
+            exchanges between them, which all these ranks must capture, or none.
     """
 
-    def __init__(self, denoiser: nn.Module, is_on: bool = True) -> None:
+    def __init__(self, denoiser: nn.Module, is_on: bool = True, across: Comm | None = None) -> None:
         self.denoiser = denoiser
-        self._is_on = is_on
+        self._is_on, self._across = is_on, across
         self._device = torch.device("cpu")
         self._states: dict[Hashable, int] = {}  # numbered: a key is looked up often
         self._numbers = count()
@@ -106,14 +114,23 @@ class Graphs:
         """
         self._device = device
         self._fixed = None
-        if self._is_on and can_capture(self._device):
-            if len(self._states) > MOST_STATES:
-                self.clear()
+        if not can_capture(self._device):
+            return
+        if len(self._states) > MOST_STATES:
+            self.clear()
+        state: Hashable = None
+        if self._is_on:
             try:
                 state, self._changing = _state_of(self.denoiser)
                 self._fixed = self._number(state)
             except (_Uncapturable, Indescribable) as reason:
                 self.refuse(str(reason))
+        numbers = self._everywhere(-1 if self._fixed is None else self._fixed)
+        if min(numbers) < 0:
+            self.refuse("another rank of those that split the tokens does")
+        elif len(set(numbers)) > 1:  # what is new to one of the ranks is new to all
+            self.clear()
+            self._fixed = self._number(state)
 
     def look(self) -> None:
         """Note the rest; to be called before the pieces of a step."""
@@ -149,13 +166,17 @@ class Graphs:
             self._first_calls[name] = 0
         graph = self._graphs.pop(key)
         if graph is None:
+            failure = "on another rank of those that split the tokens"
             try:
                 graph = self._record(piece, args)
             except Exception as error:  # whatever a model's code does that a capture does not allow
+                failure = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            is_everywhere = all(self._everywhere(graph is not None))
+            if graph is None or not is_everywhere:
                 if is_first:  # it may be what a first call compiles or tunes
                     self._remember(key, None)
                 else:
-                    self.refuse(f"capturing failed ({type(error).__name__}: {str(error).splitlines()[0]})")
+                    self.refuse(f"capturing failed ({failure})")
                 return piece(*args)
         else:
             for ours, given in zip(graph.inputs, tensors_of(args), strict=True):
@@ -170,7 +191,7 @@ class Graphs:
 
     def refuse(self, reason: str) -> None:
         """Capture nothing from now on, and say why."""
-        if self._is_on and can_capture(self._device):
+        if self._is_on:
             logger.warning("hybrid-cond: runs without CUDA graphs, since %s. See Speed in the README.", reason)
         self._is_on, self._fixed = False, None
         self.clear()
@@ -179,11 +200,18 @@ class Graphs:
         """Release the graphs and their memory."""
         self._graphs.clear()
         self._states.clear()
+        self._numbers = count()
         self._first_calls.clear()
         self._pool = None
 
     def _number(self, state: Hashable) -> int:
         return self._states.setdefault(state, next(self._numbers))
+
+    def _everywhere(self, mine: int | bool) -> list[int]:
+        """A number of each rank that splits the tokens with this one. The host waits."""
+        if self._across is None:
+            return [mine]
+        return torch.cat(self._across.all_gather(torch.tensor([mine], device=self._device))).tolist()
 
     def _remember(self, key: _Key, graph: _Graph | None) -> None:
         self._graphs[key] = graph
@@ -200,23 +228,34 @@ class Graphs:
         return _Graph(inputs, replay, outputs)
 
 
-def release_before_groups(graphs: Graphs) -> None:
-    """Release graphs that hold exchanges of a process group when one is to be destroyed: NCCL would wait for them."""
-    _HOLDING.add(graphs)
-    _watch_groups()
+def release_before_groups(graphs: Graphs) -> Callable[[], None]:
+    """Release graphs that hold exchanges of a process group when one is to be destroyed: NCCL would wait for them.
 
-
-@cache
-def _watch_groups() -> None:
+    Returns:
+        What ends it. The last to end it puts PyTorch's function back.
+    """
     destroy = dist.destroy_process_group
 
     @wraps(destroy)
     def destroy_process_group(*args: Any, **kwargs: Any) -> None:
-        for graphs in list(_HOLDING):
-            graphs.clear()
+        for holding in list(_HOLDING):
+            holding.clear()
         destroy(*args, **kwargs)
 
-    dist.destroy_process_group = destroy_process_group
+    def put_back() -> None:
+        if dist.destroy_process_group is destroy_process_group:
+            dist.destroy_process_group = destroy
+
+    def end() -> None:
+        _HOLDING.discard(graphs)
+        if not _HOLDING:
+            _UNDO.close()
+
+    if not _HOLDING:
+        dist.destroy_process_group = destroy_process_group
+        _UNDO.callback(put_back)
+    _HOLDING.add(graphs)
+    return end
 
 
 def can_capture(device: torch.device) -> bool:
@@ -289,18 +328,23 @@ def _state_of(denoiser: nn.Module) -> tuple[Hashable, list[nn.Module]]:
     changing = []
     for module in modules_of(denoiser):
         own = vars(module)
-        if "_hf_hook" in own or "_diffusers_hook" in own:
+        # A pipeline that names its calls (`cache_context`) leaves a registry without hooks.
+        if "_hf_hook" in own or ("_diffusers_hook" in own and own["_diffusers_hook"].hooks):
             raise _Uncapturable(f"{type(module).__name__} is offloaded, cached or cast by a hook")
         hooks = own["_forward_hooks"], own["_forward_pre_hooks"]
         for hook in (hook for kind in hooks if kind for hook in kind.values()):
             if getattr(hook, "__module__", "").partition(".")[0] != "hybridiff_xdit":
                 raise _Uncapturable(f"{type(module).__name__} has a forward hook")
         tensors = (*own["_parameters"].values(), *own["_buffers"].values())
-        state += [type(module), own.get("forward"), *(t.data_ptr() for t in tensors if t is not None)]
-        state += compress(own.values(), map(_CONSTANTS.__contains__, map(type, own.values())))
-        for name in own.keys() - _MODULES_OWN:
-            if type(own[name]) not in _CONSTANTS and name not in ("processor", *_ADAPTERS):
-                state.append((name, describe(own[name], _at)))
+        state += [type(module), own["training"], own.get("forward"), *(t.data_ptr() for t in tensors if t is not None)]
+        for name, value in own.items():
+            if name in _MODULES_OWN:
+                continue
+            kind = type(value)
+            if kind in _CONSTANTS or (kind is tuple and _CONSTANTS.issuperset(map(type, value))):
+                state.append(value)
+            elif name not in _LOOKED_AT:
+                state.append((name, describe(value, _at)))
         if "scaling" in own or "processor" in own or "processor" in own["_modules"]:  # hasattr takes twice as long
             changing.append(module)
     return tuple(state), changing

@@ -66,6 +66,7 @@ class Streams:
         self, comm: Comm, across: Comm | None, graphs: Callable[[nn.Module], Graphs], is_apart: bool = False
     ) -> None:
         self.comm, self.across, self.graphs, self.is_apart = comm, across, graphs, is_apart
+        self.ranks = 2 if is_apart else comm.size  # to which streams are dealt out; one process may play both
 
     def evaluate(self, asked: Sequence[Asked], watch: Any = None) -> Outputs:
         """This rank's share of a step's calls.
@@ -79,7 +80,8 @@ class Streams:
 
     def _one(self, index: int, asked: Asked, watch: Any) -> list[Any]:
         call, count, owners = asked.call, asked.count, asked.owners
-        mine = range(count) if owners is None else [i for i, owner in enumerate(owners) if owner == self.comm.rank]
+        is_all = owners is None or self.comm.size == 1
+        mine = range(count) if is_all else [i for i, owner in enumerate(owners or ()) if owner == self.comm.rank]
         if owners is None or (len(mine) == count and not self.is_apart):
             return split(self._forward(call, watch, index), count, call.is_listed)
         outputs: list[Any] = [None] * count

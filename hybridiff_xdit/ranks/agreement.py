@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from ..trees import modules_of
 from .comm import Comm, bit_sum, checksum
+
+#: Sums of the weights of each module, as last seen.
+_SUMS: WeakKeyDictionary[torch.nn.Module, dict[Any, torch.Tensor]] = WeakKeyDictionary()
 
 #: Numbers that are read of a weight which lies elsewhere.
 _FEW = 4096
@@ -17,6 +21,10 @@ _FEW = 4096
 #: Numbers in the exchange: a status, and one for each fact.
 _SLOTS = 24
 _HERE, _LEFT = 0, 1
+
+
+class Gone(RuntimeError):
+    """Another rank has ended its call before the first step. Every rank that had not raises it, at the same place."""
 
 
 def differing(facts: dict[str, Any], comm: Comm, across: Comm | None, device: torch.device) -> list[str]:
@@ -32,7 +40,7 @@ def differing(facts: dict[str, Any], comm: Comm, across: Comm | None, device: to
         device: where the exchange takes place.
 
     Raises:
-        RuntimeError: a rank has left instead (`leave`).
+        Gone: a rank has left instead (`leave`).
     """
     # Sums of tensors are on the device, digests of the rest on the host: one copy.
     sums = {name: fact.to(device) for name, fact in facts.items() if isinstance(fact, torch.Tensor)}
@@ -41,7 +49,7 @@ def differing(facts: dict[str, Any], comm: Comm, across: Comm | None, device: to
     rest = torch.tensor([*digests.values(), *padding, _HERE], device=device, dtype=torch.int64)
     *values, statuses = _gather(torch.cat([*sums.values(), rest]), comm, across).T.tolist()
     if any(status == _LEFT for status in statuses):
-        raise RuntimeError(
+        raise Gone(
             "hybrid-cond: another rank ended its call with an error before the first step: look for it in its log."
         )
     return [name for name, value in zip([*sums, *digests], values, strict=False) if len(set(value)) > 1]
@@ -67,16 +75,38 @@ def disagreement(names: list[str]) -> RuntimeError:
 def fingerprint(module: torch.nn.Module, device: torch.device) -> torch.Tensor:
     """Checksum of all weights and buffers of a module: int64 [1].
 
-    Those that do not lie on ``device`` (because they are offloaded) are read at their beginning only, and those that
-    are loaded when they are used are left out.
+    Every weight's bits are summed when it is first seen (and after a change that PyTorch counts), and its norm is taken
+    each time, in one pass for all: adapters are fused into weights behind PyTorch's back. Weights that do not lie on
+    ``device`` (because they are offloaded) are read at their beginning only, and those that are loaded when they are
+    used are left out.
     """
-    sums = []
+    here: dict[Any, list[torch.Tensor]] = {}
+    seen = _SUMS.setdefault(module, {})
+    sums: dict[Any, torch.Tensor] = {}
     for part in modules_of(module):
         for weight in (*part._parameters.values(), *part._buffers.values()):
-            if weight is not None and not weight.is_meta:
-                is_here = weight.device.type == device.type
-                sums.append(bit_sum(weight if is_here else weight.flatten()[:_FEW].contiguous()).to(device))
-    return checksum(torch.stack(sums) if sums else torch.zeros(1, device=device))
+            if weight is None or weight.is_meta or not weight.numel():
+                continue
+            key = weight.data_ptr(), weight._version, weight.shape, weight.dtype
+            is_here = weight.device.type == device.type
+            if key not in sums:
+                few = weight if is_here else weight.flatten()[:_FEW].contiguous()
+                sums[key] = seen[key] if key in seen else bit_sum(few).to(device)
+                if is_here and weight.is_floating_point() and weight.element_size() > 1:
+                    here.setdefault(weight.dtype, []).append(weight.detach())
+    _SUMS[module] = sums
+    norms = [
+        norm.float()
+        for dtype, weights in here.items()
+        for norm in torch._foreach_norm(weights, 2, dtype=torch.promote_types(dtype, torch.float32))
+    ]
+    return checksum(
+        [torch.stack([*sums.values(), torch.zeros((), dtype=torch.int64, device=device)]), *_stacked(norms)]
+    )
+
+
+def _stacked(values: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [torch.stack(values)] if values else []
 
 
 def _digest(fact: Any) -> int:

@@ -99,8 +99,8 @@ class Comm:
             names = " or ".join(str(self.global_rank(rank)) for rank in others)
             raise RuntimeError(
                 f"hybrid-cond: rank {names} did not answer rank {self.global_rank(self.rank)}: it died, or left the "
-                "run. Look for the first error in its log. (gloo waits as long as init_process_group(timeout=...) says. "
-                "With NCCL, whose watchdog ends the process after that time, there is no such error.)"
+                "run. Look for the first error in its log. (So it is with gloo, after the time that "
+                "init_process_group(timeout=...) gives. NCCL has no such error: after that time it ends the process.)"
             ) from error
 
 

@@ -60,6 +60,8 @@ from .settings import Refuse, Settings, option
 
 LONGEST_GROUP = 8  # steps: a law measured over two gaps is not trusted further
 
+GROWN = 1.1  # times the guidance that a group was priced for, above which it ends
+
 UNPAID = 4  # times E^2, where the end of a group cannot pay its debt
 
 #: Forwards of one branch that a step of each kind saves against a FULL step (cost model: FULL 1, PIPELINED 1/2).
@@ -184,6 +186,7 @@ class AdaptivePolicy:
         self._tables: dict[int, list[tuple[float, float]]] = {}  # see `_groups`
         self._observed = 0
         self._group = _ALONE
+        self._priced = math.inf  # guidance for which the group was chosen
         self._next_full = 0
         self._first: int | None = None
         self._last: int | None = None
@@ -216,11 +219,13 @@ class AdaptivePolicy:
     def kind(self, step: int, guidance: float = 1.0) -> StepKind:
         if step > self._next_full:
             self._begin_group(step - 1, guidance)
+        elif step < self._next_full and guidance > GROWN * self._priced:
+            self._end_group(step)
         return self._group.kind if step < self._next_full else FULL
 
     def _begin_group(self, step: int, guidance: float) -> None:
         """Decide how far the next FULL step lies from FULL step ``step``."""
-        self._group = self._choose(step, guidance)
+        self._group, self._priced = self._choose(step, guidance), guidance
         self._next_full = step + self._group.length
         if self._group.length > 1:
             self._first = step + 1 if self._first is None else self._first
@@ -229,6 +234,12 @@ class AdaptivePolicy:
                 self.saving_left -= self._group.saving
             elif self.error_left is not None:
                 self.error_left = max(0.0, self.error_left - self._group.error)
+
+    def _end_group(self, step: int) -> None:
+        """Let the group end at ``step``, sooner than it was to: it was priced for less guidance than there is."""
+        if self.saving_left is not None:
+            self.saving_left += SAVES[self._group.kind] * (self._next_full - step)
+        self._next_full = step
 
     def _learn(self, step: int, trials: Sequence[Trial]) -> None:
         errors = [error for trial in trials for error in trial[1:]]

@@ -55,21 +55,42 @@ def state_of(denoiser: nn.Module) -> Hashable:
     return tuple(state)
 
 
-def settings_of(denoiser: nn.Module) -> list[str]:
-    """Adapters in use with their scales, and attention processors with their constants, as text."""
-    found: list[str] = []
-    module: Any
+def moving_weights(denoiser: nn.Module) -> list[str]:
+    """Names of the hooks that bring or cast the denoiser's weights when one of its modules is called."""
+    found: set[str] = set()
     for module in modules_of(denoiser):
-        own = vars(module)
-        if "scaling" in own:
-            found.append(repr([own.get(name) for name in ("scaling", "_active_adapter", "_disable_adapters")]))
-        processor = getattr(module, "processor", None)
+        own: dict[str, Any] = vars(module)
+        if "_diffusers_hook" in own:
+            found |= own["_diffusers_hook"].hooks.keys()
+        if any(weight is not None and weight.is_meta for weight in own["_parameters"].values()):
+            found.add("offloading")
+    return sorted(found)
+
+
+def settings_of(denoiser: nn.Module) -> list[str]:
+    """Adapters in use with their scales, attention processors with their constants, and such hooks, as text."""
+    found = moving_weights(denoiser)
+    found += [
+        repr([vars(module).get(name) for name in ("scaling", "_active_adapter", "_disable_adapters")])
+        for module in modules_of(denoiser)
+        if "scaling" in vars(module)
+    ]
+    for processor in _processors(denoiser):
+        scales = {name: value for name, value in vars(processor).items() if isinstance(value, float | int | list | str)}
+        found.append(f"{type(processor).__name__} {scales}")
+    return found
+
+
+def attention_of(denoiser: nn.Module) -> list[tuple[nn.Module, Any]]:
+    """The modules that have an attention processor, each with it."""
+    found = []
+    for module in modules_of(denoiser):
+        own = vars(module)  # hasattr takes a module twice as long
+        processor = own.get("processor") or own["_modules"].get("processor")
         if processor is not None:
-            held = {} if isinstance(processor, nn.Module) and not hasattr(processor, "scale") else vars(processor)
-            scales = {name: value for name, value in held.items() if isinstance(value, float | int | list | str)}
-            found.append(f"{type(processor).__name__} {scales}")
+            found.append((module, processor))
     return found
 
 
 def _processors(denoiser: nn.Module) -> list[Any]:
-    return [module.processor for module in modules_of(denoiser) if getattr(module, "processor", None) is not None]
+    return [processor for _, processor in attention_of(denoiser)]

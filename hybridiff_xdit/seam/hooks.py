@@ -17,6 +17,7 @@ from dataclasses import asdict
 from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,7 +31,7 @@ from ..evaluate.stages.executor import Executor
 from ..evaluate.stages.families import read
 from ..evaluate.streams import Streams
 from ..evaluate.tokens import SequenceSplit
-from ..ranks.agreement import differing, disagreement, fingerprint, leave
+from ..ranks.agreement import Gone, differing, disagreement, fingerprint, leave
 from ..ranks.comm import Comm, Solo, checksum
 from ..report import write_report
 from .coupling import settings_of
@@ -59,7 +60,7 @@ class _Session:
         self._graphs: WeakKeyDictionary[torch.nn.Module, Graphs] = WeakKeyDictionary()
         self._warned: set[str] = set()
         self._context: str | None = None
-        self._is_running = self._has_timesteps = False
+        self._is_running = self._has_timesteps = self._is_agreed = False
         self._bar: Any = None
         self._undo = ExitStack()
         executor = None
@@ -68,7 +69,8 @@ class _Session:
             if sequence is not None:
                 sequence.apply(anatomy)
                 self._undo.callback(sequence.remove)
-                release_before_groups(self.graphs(anatomy.denoiser))  # they hold the exchanges between its ranks
+                # They hold the exchanges between its ranks.
+                self._undo.callback(release_before_groups(self.graphs(anatomy.denoiser)))
             if config.has_stages:
                 executor = Executor(anatomy, comm, self.graphs(anatomy.denoiser), self.across, config.stages)
         streams = Streams(comm, self.across, self.graphs, is_apart)
@@ -91,7 +93,7 @@ class _Session:
     def graphs(self, denoiser: torch.nn.Module) -> Graphs:
         """How a denoiser's kernels are launched."""
         if denoiser not in self._graphs:
-            self._graphs[denoiser] = Graphs(denoiser, is_on=self.config.cuda_graphs is not False)
+            self._graphs[denoiser] = Graphs(denoiser, self.config.cuda_graphs is not False, self.across)
         return self._graphs[denoiser]
 
     def _warn(self, message: str) -> None:
@@ -108,9 +110,9 @@ class _Session:
                 "hybrid-cond: the pipeline is called while another call of it is running (from another thread?). "
                 "One run at a time: give each thread a pipeline and a process group of its own."
             )
-        self._is_running, self._has_timesteps, self.run, self.report = True, False, None, None
-        self.comm.bytes_sent = 0
+        self._is_running, self._has_timesteps, self._is_agreed, self.run, self.report = True, False, False, None, None
         self._arguments = inspect.signature(original).bind_partial(*args, **kwargs).arguments
+        self.setting.may_guidance_change = _has_callback(self._arguments)
         if "_num_timesteps" in vars(pipe):
             vars(pipe)["_num_timesteps"] = None  # of the call before
         try:
@@ -118,10 +120,14 @@ class _Session:
                 output = original(*args, **kwargs)
                 self._end_early(pipe)
                 return output
+        except Gone:
+            raise  # whoever has left waits for nobody
         except Exception:
             self._leave(pipe)
             raise
         finally:
+            if self.run is not None and not self.run.is_finished:
+                self.setting.earlier.clear()  # one rank may have learnt a step that another has not
             self._is_running, self.run, self._bar = False, None, None
 
     @contextmanager
@@ -133,13 +139,11 @@ class _Session:
                     "__call__": partial(self._denoise, pipe, denoiser),
                     "cache_context": self._cache_context,
                 }
-                stack.callback(watch(denoiser, **handlers))
+                stack.callback(watch(denoiser, get_ident(), **handlers))
             scheduler = pipe.scheduler
             steps: dict[str, Any] = {"set_timesteps": self._set_timesteps, "step": partial(self._step, scheduler)}
-            stack.callback(watch(scheduler, **steps))
-            device = getattr(pipe, "_execution_device", None)
-            if isinstance(device, torch.device) and device.type == "cuda" and device.index is not None:
-                stack.enter_context(torch.cuda.device(device))  # events and graphs are of the current one
+            stack.callback(watch(scheduler, get_ident(), **steps))
+            self._stack = stack
             yield
 
     @contextmanager
@@ -177,7 +181,7 @@ class _Session:
         run = self.run
         if run is None or run.is_over:
             return original(*args, **kwargs)
-        given = _signature_of(type(scheduler)).bind(None, *args, **kwargs).arguments
+        given = _signature_of(type(scheduler).step).bind(None, *args, **kwargs).arguments
         extra = {name: value for name, value in kwargs.items() if isinstance(value, int | float) and name not in _OURS}
         is_last = run.end_step(given["model_output"], given["timestep"], given["sample"], extra)
         result = original(*map(run.on_host, args), **{name: run.on_host(value) for name, value in kwargs.items()})
@@ -191,9 +195,13 @@ class _Session:
     def _begin(self, pipe: Any, call: Call) -> Run:
         """Check that the ranks agree and that the configuration fits, before anything is evaluated."""
         hint = vars(pipe).get("_num_timesteps")
+        self.comm.bytes_sent = 0
         self._agree(pipe, call, hint)
+        device = call.tensors[0].device
+        if device.type == "cuda":
+            self._stack.enter_context(torch.cuda.device(device))  # events and graphs are of the current one
         for denoiser in _denoisers(pipe):
-            self.graphs(denoiser).begin(call.tensors[0].device)
+            self.graphs(denoiser).begin(device)
         try:
             return Run(self.setting, pipe.scheduler, hint if isinstance(hint, int) else None)
         except ValueError:
@@ -214,14 +222,16 @@ class _Session:
         facts: dict[str, Any] = {
             "guidance (--guidance_scale)": [(name, value) for name, value in arguments if _is_guidance(name, value)],
             "number of steps (--num_inference_steps)": (len(scheduler.timesteps), hint),
+            "callbacks, or none": self.setting.may_guidance_change,
             "strategy (--hybrid_* flags)": str(self.config.agreed()),
             "model (--model)": [_settings(denoiser) for denoiser in denoisers],
             "model weights or adapters (--model)": checksum([fingerprint(d, device) for d in denoisers]),
-            "adapters in use, their scales, or attention processors": [settings_of(d) for d in denoisers],
+            "adapters in use, their scales, attention processors, or offloading": [settings_of(d) for d in denoisers],
             "device types or CPU threads (OMP_NUM_THREADS)": machine,
             "dtypes": [str(tensor.dtype) for tensor in call.tensors],
             "number of prompts, pictures, or the resolution": [tuple(tensor.shape) for tensor in call.tensors],
             "scheduler": _settings(scheduler),
+            "earlier runs (apply_hybrid anew on every rank)": len(self.setting.earlier),
             "timesteps": checksum(torch.as_tensor(scheduler.timesteps)),
             "initial noise (give every rank a generator with the same seed: --seed)": checksum(call.latents),
             "prompts (--prompt, --negative_prompt)": checksum([torch.zeros(1, device=device), others]),
@@ -284,8 +294,8 @@ _OURS = ("return_dict",)
 
 
 @lru_cache(maxsize=32)
-def _signature_of(cls: Any) -> inspect.Signature:
-    return inspect.signature(cls.step)
+def _signature_of(function: Any) -> inspect.Signature:
+    return inspect.signature(function)
 
 
 def pipe_ref(pipe: Any) -> Callable[[], Any]:
@@ -293,6 +303,12 @@ def pipe_ref(pipe: Any) -> Callable[[], Any]:
     import weakref
 
     return weakref.ref(pipe)
+
+
+def _has_callback(arguments: dict[str, Any]) -> bool:
+    return any(
+        value is not None for name, value in arguments.items() if name.startswith("callback") and callable(value)
+    )
 
 
 def _is_guidance(name: str, value: Any) -> bool:

@@ -60,7 +60,7 @@ class Template:
 
     def foretell(self, first: Call) -> Call:
         """The call, from the first one of its step."""
-        leaves = pytree.tree_leaves(first.inputs)
+        leaves, _ = first.flat
         found = [rule.value if isinstance(rule, _Own) else _take(leaves, rule) for rule in self._rules]
         return replace(self._call, inputs=pytree.tree_unflatten(found, self._spec))
 
@@ -92,8 +92,7 @@ def compare(foretold: Call, actual: Call, pending: list[torch.Tensor], waits: bo
     """
     if foretold.denoiser is not actual.denoiser or foretold.context != actual.context:
         return False
-    expected, spec = pytree.tree_flatten(foretold.inputs)
-    found, actual_spec = pytree.tree_flatten(actual.inputs)
+    (expected, spec), (found, actual_spec) = foretold.flat, actual.flat
     if spec != actual_spec:
         return False
     late = []
@@ -168,6 +167,11 @@ class Pattern:
         """The calls of a step, from the first of them."""
         calls = [slot.template.foretell(first) if slot.template else first for slot in self.slots]
         return [Asked(call, slot.count, slot.owners) for call, slot in zip(calls, self.slots, strict=True)]
+
+    def bare(self) -> Pattern:
+        """The same without what belongs to a run, which would be kept alive."""
+        slots = [replace(slot, template=None) for slot in self.slots]
+        return Pattern(slots, self.is_foretold, self.is_estimable)
 
     def load(self, ranks: int) -> int:
         """Streams that the busiest of the ranks evaluates on a FULL step."""

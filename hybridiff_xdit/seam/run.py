@@ -11,9 +11,9 @@ interruption) takes part in one more exchange to say so; then all ranks end the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -28,14 +28,19 @@ from ..ranks.comm import checksum
 from ..schedule.plan import FULL, PIPELINED, SKIPPED, StepKind
 from ..schedule.policies import make_policy
 from ..schedule.sampler import Sampler, read_sampler
-from .coupling import Coupling, coupling_of, state_of
+from .coupling import Coupling, attention_of, coupling_of, moving_weights, state_of
 from .pattern import Pattern, Slot, Template, compare
+from .pending import Promise
 
 FAILED = LEFT + 1  #: A rank's status where the evaluation of a step that is being learnt has raised an error.
 
 #: Relative difference between a batch evaluated whole and in parts, above which its samples see one another.
 COUPLED = {torch.float32: 1e-3, torch.float64: 1e-6}
 COUPLED_HALF = 0.05
+
+
+#: Patterns that are kept for later runs: of a few sizes.
+_MOST_PATTERNS = 7
 
 
 class RunOver(RuntimeError):
@@ -59,12 +64,16 @@ class Setting:
         streams: evaluates and exchanges whole streams.
         executor: evaluates stages; None where no step is PIPELINED.
         warn: logs a warning, each text once.
+        earlier: patterns of several calls, as finished runs had them; the same on all ranks.
+        may_guidance_change: whether the pipeline was called with a callback, which may change w on any step.
     """
 
     config: HybridConfig
     streams: Streams
     executor: Executor | None
     warn: Callable[[str], None]
+    earlier: list[Pattern] = field(default_factory=list)
+    may_guidance_change: bool = False
 
 
 class Run:
@@ -84,25 +93,29 @@ class Run:
         timesteps = scheduler.timesteps
         self._timesteps = timesteps  # kept, so that their addresses stay theirs
         self._host_timesteps = dict(zip((t.data_ptr() for t in timesteps), timesteps.cpu(), strict=True))
-        self.is_over = False
+        self.is_over = self.is_finished = False
         self.pattern: Pattern | None = None
+        self._learnt: list[Pattern] = []  # all that the run has had
+        self._promised: Pattern | None = None  # what a step that is learnt is expected to ask for
+        self._promises: list[Promise | None] = []  # of its calls; None where this rank evaluates
         self.calls: list[Call] = []  # of the present step
         self._outputs: list[list[Any]] = []  # of each call, by stream: what the pipeline got
+        self._true: list[list[Any]] = []  # likewise: what was evaluated, where something else was handed on
         self._states: list[Any] = []  # of the denoiser at each call of a step that is learnt
+        self._attention: list[tuple[Any, Any]] = []  # modules with their processors, when its calls were learnt
         self._may_deal: list[bool] = []  # whether the streams of each such call may be evaluated apart
         self._kind_now = FULL
         self._is_changed = self._is_unforetold = self._has_exchanged = False
         self._foretold: list[Asked] = []
-        self._branches: dict[Branch, Inputs] = {}  # of the last step with stages
+        self._branches: dict[Branch, Inputs] = {}  # of the last step with stages, or of the run's first
         self._executor: Executor | None = None
         self._pending: list[torch.Tensor] = []  # whether arguments differ from what was foretold, 0-d
         self._late: list[_Late] = []
         self._device: torch.device | None = None
-        self._ranks = 2 if setting.streams.is_apart else setting.streams.comm.size
         begin = getattr(scheduler, "begin_index", None)
         # Image-to-image begins within the list. Where the scheduler is not told, its first step tells.
         start = begin if begin is not None else len(timesteps) - (hint or len(timesteps))
-        self._plan(start, {}, gain=2 / (2 if self._ranks == 1 else 1))
+        self._plan(start, {}, gain=2 / (2 if setting.streams.ranks == 1 else 1))
 
     # What the run is.
 
@@ -154,22 +167,24 @@ class Run:
         self._device = call.tensors[0].device
         if self.step >= self.num_steps:  # more than the scheduler has timesteps for
             return call.evaluate(**call.inputs)
-        with torch.profiler.record_function(f"step {self.step}, call {len(self.calls)}"):
-            if len(self.calls) > 1:
+        if len(self.calls) > 1:
+            with torch.profiler.record_function(f"step {self.step} {self._kind_now.name}, call {len(self.calls)}"):
                 return self._answer_later(call, len(self.calls) - 1)
-            if self.pattern is not None and self.pattern.slots[0].kind != call.kind:
-                self._forget()
-            return self._learn(call) if self.pattern is None else self._answer_first(call, self.pattern)
+        if self.pattern is not None and (self.pattern.slots[0].kind != call.kind or self._has_other_attention()):
+            self._forget()
+        kind = FULL if self.pattern is None else self._kind(self.pattern)
+        with torch.profiler.record_function(f"step {self.step} {kind.name}"):
+            return self._learn(call) if self.pattern is None else self._answer_first(call, self.pattern, kind)
 
-    def _answer_first(self, call: Call, pattern: Pattern) -> Any:
-        kind = self._kind(pattern)
+    def _answer_first(self, call: Call, pattern: Pattern, kind: StepKind) -> Any:
         self._begin_step(kind)
         if kind is SKIPPED:
             self._hand(pattern, self.engine.skipped())
         elif kind is PIPELINED:
             self._hand(pattern, self._pipelined(call, pattern))
         elif pattern.is_foretold:
-            self._hand(pattern, self._full(call, pattern))
+            true = self._full(call, pattern)
+            self._hand(pattern, self.engine.full(true, pattern.structures), true)
         else:
             self._exchange_headers(call, RUNNING)
             return self._evaluate_whole(call, pattern.slots[0].count)
@@ -177,6 +192,11 @@ class Run:
 
     def _answer_later(self, call: Call, index: int) -> Any:
         pattern = self.pattern
+        if self._promised is not None:
+            slots = self._promised.slots
+            if index < len(slots) and slots[index].kind == call.kind:
+                return self._promise(index, call, self._promised)
+            self._keep_promises()
         if pattern is None:
             return self._evaluate_whole(call, count_parts(call))
         slot = pattern.slots[index] if index < len(pattern.slots) else None
@@ -192,34 +212,47 @@ class Run:
             self._is_unforetold = not pattern.is_verified
         # Another call than foretold: it is evaluated as it came, on every rank, and the step is learnt anew.
         self._is_changed = True
-        del self._outputs[index:], self._states[index:], self._may_deal[index:]
+        del self._outputs[index:], self._true[index:], self._states[index:], self._may_deal[index:]
         return self._evaluate_whole(call, count_parts(call))
 
     def _kind(self, pattern: Pattern) -> StepKind:
         """The kind of the present step: the policy's, but FULL where there is nothing to estimate from."""
         with self._together():
+            if self.setting.may_guidance_change:  # the host waits, but a group must not outlast its guidance
+                self.engine.read_weights()
             kind = self.engine.kind()
-        if not self.engine.is_known or not pattern.is_foretold or not pattern.is_estimable:
-            return FULL
-        if kind is PIPELINED and not (len(pattern.slots) == 1 and pattern.count == 2):
+        if self._fits(kind, pattern):
+            return kind
+        if self._is_estimable(pattern):
             self.setting.warn(
                 f"hybrid-cond: this pipeline asks for {pattern.count} stream(s) in {len(pattern.slots)} call(s) a "
-                "step, and a PIPELINED step needs two in one: such steps are FULL. Use --hybrid_kinds FS."
+                "step, and a PIPELINED step needs uncond and cond, in this order, in one: such steps are FULL. Use "
+                "--hybrid_kinds FS."
             )
-            return FULL
-        return kind
+        return FULL
+
+    def _fits(self, kind: StepKind, pattern: Pattern) -> bool:
+        """Whether a step of these streams can be of a kind."""
+        is_pair = len(pattern.slots) == 1 and pattern.count == 2 and self.engine.cond == 1
+        return kind is FULL or (self._is_estimable(pattern) and (kind is SKIPPED or is_pair))
+
+    def _is_estimable(self, pattern: Pattern) -> bool:
+        """Whether there is something to estimate the streams from."""
+        return self.engine.is_known and pattern.is_foretold and pattern.is_estimable
 
     def _begin_step(self, kind: StepKind) -> None:
         self._kind_now = kind
         self._is_changed = self._has_exchanged = False
         self._outputs = []
+        self._true = []
         self._states = []
         self._may_deal = []
 
-    def _hand(self, pattern: Pattern, streams: list[Any]) -> None:
-        """Keep what the calls of this step are answered with."""
-        given = iter(streams)
+    def _hand(self, pattern: Pattern, streams: list[Any], true: Sequence[Any] = ()) -> None:
+        """Keep what the calls of this step are answered with, and on a FULL step what was evaluated."""
+        given, evaluated = iter(streams), iter(true or streams)
         self._outputs = [[next(given) for _ in range(slot.count)] for slot in pattern.slots]
+        self._true = [[next(evaluated) for _ in range(slot.count)] for slot in pattern.slots]
         self._may_deal = [slot.may_deal for slot in pattern.slots]
         self._states = [None] * len(pattern.slots)
 
@@ -243,7 +276,7 @@ class Run:
     # A FULL step as foretold.
 
     def _full(self, call: Call, pattern: Pattern) -> list[Any]:
-        """What to hand the pipeline on a FULL step whose calls are foretold, by stream."""
+        """Evaluate a FULL step whose calls are foretold; by stream."""
         streams, executor = self.setting.streams, self._executor
         self._foretold = pattern.foretell(call)
         if executor is not None and executor.stages > 2:
@@ -265,7 +298,7 @@ class Run:
             self._has_exchanged = True
             self._send_flags(headers)
             outputs = [output for parts in given for output in parts]
-        return self.engine.full(outputs, pattern.structures)
+        return outputs
 
     def _pipelined(self, call: Call, pattern: Pattern) -> list[Any]:
         """What to hand the pipeline on a PIPELINED step."""
@@ -274,6 +307,7 @@ class Run:
         rule = RULES[str(self.setting.config.guidance)]
         step = self.step
         with self._together():
+            self._read_flags()  # a rank that has left takes no part in this step
             hand_over = step + 1 < self.num_steps and engine.policy.kind(step + 1) is PIPELINED
             self._branches = _branches(call)
             pred = executor.pipelined(
@@ -308,7 +342,14 @@ class Run:
         with self._together():
             self.engine.kind()  # a policy is asked on every step
         self._begin_step(FULL)
-        streams, count, state = self.setting.streams, count_parts(call), state_of(call.denoiser)
+        self._attention = attention_of(call.denoiser)
+        streams = self.setting.streams
+        earlier = next((pattern for pattern in self.setting.earlier if pattern.slots[0].kind == call.kind), None)
+        if earlier is not None and streams.comm.size > 1:
+            self._exchange_headers(call, RUNNING)
+            self._promised, self._promises = earlier, []
+            return self._promise(0, call, earlier)
+        count, state = count_parts(call), state_of(call.denoiser)
         is_shared = streams.is_apart or streams.comm.size > 1
         coupling = coupling_of(call.denoiser) if count > 1 and is_shared else Coupling.NONE
         if coupling is Coupling.COUPLED:
@@ -317,7 +358,7 @@ class Run:
         if self._executor is not None and self._executor.stages > 2:
             self._note(call, self._staged(call), state, True)
             return self._joined(0, call)
-        owners = deal([1.0] * count, streams.comm.size) if count > 1 and coupling is not Coupling.COUPLED else None
+        owners = deal([1.0] * count, streams.ranks) if count > 1 and coupling is not Coupling.COUPLED else None
         asked = [Asked(call, count, owners)]
         error: Exception | None = None
         try:
@@ -350,16 +391,56 @@ class Run:
         self._note(call, found, state, owners is not None or count == 1)
         return self._joined(0, call)
 
+    def _promise(self, index: int, call: Call, expected: Pattern) -> Any:
+        """Evaluate a call of such a step if it is this rank's; else return what is filled in after the last one."""
+        streams, slot = self.setting.streams, expected.slots[index]
+        assert slot.owners is not None and self._device is not None
+        state, promise = state_of(call.denoiser), None
+        if slot.owners[0] == streams.comm.rank:
+            output = streams.evaluate([Asked(call)])[0][0]
+        else:
+            promise = Promise(slot.structures[0], self._device, lambda: streams.evaluate([Asked(call)])[0][0])
+            output = promise.output()
+        self._note(call, [output], state, True)
+        self._promises.append(promise)
+        if index + 1 < len(expected.slots):
+            return output
+        asked = [Asked(call, 1, slot.owners) for call, slot in zip(self.calls, expected.slots, strict=True)]
+        mine = [[None] if promise else outputs for outputs, promise in zip(self._outputs, self._promises, strict=True)]
+        with self._together():
+            structures = [slot.structures for slot in expected.slots]
+            self._outputs, headers = streams.exchange(mine, asked, structures, self._header(call, RUNNING))
+        self._promised = None
+        self._send_flags(headers)
+        for promise, outputs in zip(self._promises, self._outputs, strict=True):
+            if promise is not None:
+                promise.keep(outputs[0])
+        return self._outputs[index][0]
+
+    def _keep_promises(self) -> None:
+        """The step asks for something else than was expected: what was promised is evaluated on this rank too."""
+        self._promised = None
+        for promise, outputs in zip(self._promises, self._outputs, strict=True):
+            if promise is not None:
+                outputs[0] = promise.keep()
+
     def _prepare(self, call: Call, count: int) -> Executor | None:
         """The executor, where steps of the run may be PIPELINED or FULL ones have stages."""
         executor = self.setting.executor
         may_pipeline = self.engine.policy.may_pipeline
         if executor is None or count != 2 or call.is_listed or not (may_pipeline or executor.stages > 2):
             return None
+        if moves := moving_weights(call.denoiser):
+            with self._together():
+                raise ValueError(
+                    f"hybrid-cond cannot split the layers of a {type(call.denoiser).__name__} whose weights are moved "
+                    f"or cast when a module is called ({', '.join(moves)}): use --hybrid_kinds FS, or take that off."
+                )
         config = self.setting.config
         is_timed = config.balance != "flops" and config.cuda_graphs is not False and self.setting.streams.across is None
+        self._branches = _branches(call)
         with self._together():
-            executor.begin(_branches(call)["cond"], is_timed)
+            executor.begin(self._branches["cond"], is_timed)
         executor.now = self.time(self.step)
         return executor
 
@@ -397,7 +478,7 @@ class Run:
             for _ in found
         ]
         # A stream that is alone is every rank's.
-        dealt = iter(deal(costs, streams.comm.size)) if len(costs) > 1 else None
+        dealt = iter(deal(costs, streams.ranks)) if len(costs) > 1 else None
         slots = []
         for call, found, ok, template in zip(calls, structures, may_deal, templates, strict=True):
             owners = tuple(next(dealt) for _ in found) if ok and dealt else None
@@ -409,6 +490,10 @@ class Run:
             self.setting.warn(
                 f"hybrid-cond: {type(self.calls[-1].denoiser).__name__} is evaluated whole on every rank, since {why}."
             )
+
+    def _has_other_attention(self) -> bool:
+        """Whether the denoiser has another attention processor than when its calls were learnt."""
+        return any(module.processor is not processor for module, processor in self._attention)
 
     def _forget(self) -> None:
         """The pipeline asks for other streams than before."""
@@ -433,12 +518,16 @@ class Run:
         if not calls or self.step >= self.num_steps:  # Cosmos steps twice; a loop may go on beyond what was foretold
             calls.clear()
             return False
-        del self._outputs[len(calls) :]  # the pipeline may have asked for less than was foretold
+        if self._promised is not None:
+            self._keep_promises()
+        del self._outputs[len(calls) :], self._true[len(calls) :]  # it may have asked for less than was foretold
         is_new = pattern is None or self._is_changed or len(calls) != len(pattern.slots)
         if is_new:
             if pattern is not None:
                 self._forget()
             self.pattern = pattern = self._pattern(len(sample)) if self._kind_now is FULL else None
+            if pattern is not None:
+                self._learnt.append(pattern)
         elif pattern is not None and self._kind_now is FULL:
             pattern.is_verified = True
         with self._together():
@@ -446,13 +535,15 @@ class Run:
                 self._plan_again(timestep, extra)
             is_estimable = pattern is not None and pattern.is_foretold and pattern.is_estimable
             if pattern is not None and is_new and is_estimable:
-                self.engine.full([stream for streams in self._outputs for stream in streams], pattern.structures)
+                handed = [stream for streams in self._outputs for stream in streams]
+                true = [*self._true, *self._outputs[len(self._true) :]]
+                self.engine.full([stream for streams in true for stream in streams], pattern.structures, handed)
             count = pattern.count if pattern else 1
-            self.engine.cost(self._kind_now, count, pattern.load(self._ranks) if pattern else 1)
+            self.engine.cost(self._kind_now, count, pattern.load(self.setting.streams.ranks) if pattern else 1)
             first_cond = 0 if len(calls) > 1 else count - 1
             self.engine.end_step(output, sample, is_estimable, first_cond)
         calls.clear()
-        self._outputs = []
+        self._outputs, self._true = [], []
         return self.step == self.num_steps
 
     def _plan_again(self, timestep: Any, extra: dict[str, Any]) -> None:
@@ -463,10 +554,12 @@ class Run:
             start = min(range(len(times)), key=lambda i: abs(times[i] - at))
         gain = self._gain
         if self.pattern is not None:
-            gain = self.pattern.count / self.pattern.load(self._ranks)
+            gain = self.pattern.count / self.pattern.load(self.setting.streams.ranks)
         if (start, extra, gain) != (self._start, self._extra, self._gain):
             self._plan(start, extra, gain)
             self.engine.kind()
+            if self._executor is not None:
+                self._executor.date(self.time(0))
 
     # The end of a run.
 
@@ -486,9 +579,11 @@ class Run:
             mine = torch.tensor([comm.bytes_sent, RUNNING], device=self._device)
             sent = torch.stack(comm.all_gather(mine))
             self._raise_if_left(sent[:, 1].tolist(), self.step)
-        self.is_over = True
+        self.is_over = self.is_finished = True
+        self._remember()
         return {**self.engine.report(), "bytes_sent": sent[:, 0].tolist()}
 
+    @torch.no_grad()  # the pipeline's own is over
     def leave(self) -> bool:
         """Tell the other ranks that this one has left the run before its end; whether all have left it."""
         streams = self.setting.streams
@@ -496,6 +591,11 @@ class Run:
         if streams.comm.size == 1 or self._device is None:
             return True
         step = self.step + bool(self.calls)
+        if self._promised is not None:
+            asked = [Asked(self.calls[0], 1, slot.owners) for slot in self._promised.slots]
+            structures = [slot.structures for slot in self._promised.slots]
+            headers = streams.leave(asked, structures, torch.tensor([0, LEFT], device=self._device))
+            return set(headers[:, 1].tolist()) == {LEFT}
         if not (self.calls and self._kind_now is FULL and not self._has_exchanged):
             # The others make further steps before they exchange anything; PIPELINED ones need this rank's part.
             while step < self.num_steps and (kind := self._foreseen(step)) is not FULL:
@@ -514,10 +614,11 @@ class Run:
 
     def _foreseen(self, step: int) -> StepKind:
         """The kind of a later step, as the other ranks will take it."""
-        pattern, engine = self.pattern, self.engine
-        if pattern is None or not (engine.is_known and pattern.is_foretold and pattern.is_estimable):
+        pattern = self.pattern
+        if pattern is None or not self._is_estimable(pattern):
             return FULL
-        return engine.kind(step)
+        kind = self.engine.kind(step)
+        return kind if self._fits(kind, pattern) else FULL
 
     def _play_along(self, step: int) -> None:
         """Take this rank's part of a PIPELINED step that it will not see, with the arguments of the last one."""
@@ -530,6 +631,15 @@ class Run:
             hand_over=step + 1 < self.num_steps and self.engine.policy.kind(step + 1) is PIPELINED,
             extrapolate=rule.extrapolates_boundary,
         )
+
+    def _remember(self) -> None:
+        """Keep for later runs what the calls of a step are, where there are several and each is some rank's."""
+        earlier = self.setting.earlier
+        for pattern in self._learnt:
+            if len(pattern.slots) > 1 and all(slot.owners and slot.count == 1 for slot in pattern.slots):
+                kind = pattern.slots[0].kind
+                earlier[:] = [other for other in earlier if other.slots[0].kind != kind][-_MOST_PATTERNS:]
+                earlier.append(pattern.bare())
 
     # What the ranks tell one another.
 
@@ -559,7 +669,9 @@ class Run:
 
     def _header(self, call: Call, status: int) -> torch.Tensor:
         """int64 [2]: a checksum of the latents, and this rank's status. (16 bytes: what follows stays aligned.)"""
-        latents = checksum(call.latents) if self.setting.streams.comm.size > 1 else self._zero()
+        if self.setting.streams.comm.size == 1 and self.setting.streams.across is None:
+            return torch.zeros(2, dtype=torch.int64)  # on the host: nobody is told
+        latents = checksum(call.latents)
         return torch.cat([latents, torch.full_like(latents, status)])
 
     def _zero(self) -> torch.Tensor:
@@ -586,19 +698,22 @@ class Run:
             RunOver: the ranks drifted apart, or one has left.
         """
         with self._together():
-            late, self._late = self._late, []
-            for step, values, arrival in late:
-                drifted, differs, *statuses = from_host(values, arrival)
-                self._raise_if_left(statuses, step)
-                if drifted:
-                    raise self._drifted(step)
-                if differs:
-                    raise RunOver(
-                        f"hybrid-cond: before step {step} a later call of the denoiser had other values than the first "
-                        "one told, so that the picture is wrong. Take hybrid-cond off, and report the pipeline."
-                    )
+            self._read_flags()
             self.engine.read(keep=0)
             self.engine.read_weights()
+
+    def _read_flags(self) -> None:
+        late, self._late = self._late, []
+        for step, values, arrival in late:
+            drifted, differs, *statuses = from_host(values, arrival)
+            self._raise_if_left(statuses, step)
+            if drifted:
+                raise self._drifted(step)
+            if differs:
+                raise RunOver(
+                    f"hybrid-cond: before step {step} a later call of the denoiser had other values than the first "
+                    "one told, so that the picture is wrong. Take hybrid-cond off, and report the pipeline."
+                )
 
     def _raise_if_left(self, statuses: list[int], step: int) -> None:
         comm = self.setting.streams.comm

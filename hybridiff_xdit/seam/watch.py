@@ -10,20 +10,38 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache, partial, partialmethod, wraps
-from typing import Any
+from threading import get_ident
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 Handler = Callable[..., Any]
 
-#: Handlers of each watched object by name of the method, those that came last at the end.
-_HANDLERS: WeakKeyDictionary[Any, list[dict[str, Handler]]] = WeakKeyDictionary()
+
+class _Watching(NamedTuple):
+    """Handlers by name of the method, and the thread whose calls they answer; None: every thread's."""
+
+    thread: int | None
+    handlers: dict[str, Handler]
+
+    def concerns(self, name: str) -> bool:
+        """Whether a call of this method, made here, is to be answered."""
+        return name in self.handlers and self.thread in (None, get_ident())
+
+    def answer(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What the caller gets."""
+        return self.handlers[name](original, *args, **kwargs) if self.concerns(name) else original(*args, **kwargs)
 
 
-def watch(owner: Any, **handlers: Handler) -> Callable[[], None]:
+#: Who watches an object, those that came last at the end.
+_HANDLERS: WeakKeyDictionary[Any, list[_Watching]] = WeakKeyDictionary()
+
+
+def watch(owner: Any, thread: int | None = None, **handlers: Handler) -> Callable[[], None]:
     """Have methods of an object answered by handlers.
 
     Args:
         owner: the object. Of two that watch it, the one that came last is asked.
+        thread: whose calls are answered (`threading.get_ident`); None: every thread's.
         handlers: by name of the method; a name that the object does not have is left out. Each is called with the
             method as it would be without us, bound to the object, and then with the caller's arguments.
 
@@ -31,7 +49,7 @@ def watch(owner: Any, **handlers: Handler) -> Callable[[], None]:
         What ends it.
     """
     names = frozenset(name for name in handlers if hasattr(owner, name))
-    watching = {name: handlers[name] for name in names}
+    watching = _Watching(thread, {name: handlers[name] for name in names})
     stack = _HANDLERS.setdefault(owner, [])
     if not stack:
         # Past the object's own __setattr__: a compiled module would hand the class on to the module in it.
@@ -40,7 +58,7 @@ def watch(owner: Any, **handlers: Handler) -> Callable[[], None]:
     undo = ExitStack()
     for name in names & vars(owner).keys():  # somebody has put a function there, which goes before the class
         function = vars(owner)[name]
-        vars(owner)[name] = wraps(function)(partial(watching[name], function))
+        vars(owner)[name] = wraps(function)(partial(watching.answer, name, function))
         undo.callback(vars(owner).__setitem__, name, function)
 
     def end() -> None:
@@ -63,9 +81,9 @@ def _watched(cls: Any, names: frozenset[str]) -> type:
 def _method(name: str, original: Any) -> Any:
     @wraps(original)  # pipelines look at the signatures of their scheduler's methods
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for handlers in reversed(_HANDLERS.get(self, ())):
-            if name in handlers:
-                return handlers[name](partial(original, self), *args, **kwargs)
+        for watching in reversed(_HANDLERS.get(self, ())):
+            if watching.concerns(name):
+                return watching.answer(name, partial(original, self), *args, **kwargs)
         return original(self, *args, **kwargs)
 
     return method

@@ -9,11 +9,14 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+
+#: Of what stands in for xfuser's names where there is no GPU.
+_UNDO = ExitStack()
 
 
 def has_accelerator() -> bool:
@@ -37,11 +40,22 @@ def import_xfuser() -> ModuleType:
     with _pretend_mps():
         xfuser = importlib.import_module("xfuser")
     envs: Any = importlib.import_module("xfuser.envs")
+    restore_xfuser()
     # A CUDA build of torch on a machine without a GPU is no CUDA machine.
-    envs._is_cuda = lambda: False
-    envs.get_torch_distributed_backend = lambda: "gloo"
+    _replace(envs, "_is_cuda", lambda: False)
+    _replace(envs, "get_torch_distributed_backend", lambda: "gloo")
     _let_sequences_split()
     return xfuser
+
+
+def restore_xfuser() -> None:
+    """Put back xfuser's own names. (Without a GPU, little of it works with these.)"""
+    _UNDO.close()
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    _UNDO.callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, value)
 
 
 def _let_sequences_split() -> None:
@@ -53,12 +67,13 @@ def _let_sequences_split() -> None:
     from yunchang.globals import PROCESS_GROUP
 
     for name in ("xfuser.config.config", _STATE, "xfuser.core.distributed.group_coordinator"):
-        importlib.import_module(name).HAS_LONG_CTX_ATTN = True  # type: ignore[attr-defined]
-    usp: Any = importlib.import_module(_USP)
-    usp.PROCESS_GROUP = PROCESS_GROUP
+        _replace(importlib.import_module(name), "HAS_LONG_CTX_ATTN", True)
+    _replace(importlib.import_module(_USP), "PROCESS_GROUP", PROCESS_GROUP)
     attention: Any = importlib.import_module(_ATTENTION)
     registry = attention.ATTENTION_FUNCTION_REGISTRY
-    registry[attention.AttentionBackendType.SDPA_FLASH] = _flash_on_cpu
+    flash = attention.AttentionBackendType.SDPA_FLASH
+    _UNDO.callback(registry.__setitem__, flash, registry.get(flash))
+    registry[flash] = _flash_on_cpu
 
 
 def _flash_on_cpu(

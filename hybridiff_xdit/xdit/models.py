@@ -83,8 +83,9 @@ class _Model(xFuserModel):
     def _run_pipe(self, input_args: dict[str, Any]) -> DiffusionOutput:
         names = ("prompt", "height", "width", "num_inference_steps", "guidance_scale")
         kwargs = {name: input_args[name] for name in names}
-        if input_args.get("negative_prompt"):
-            kwargs["negative_prompt"] = input_args["negative_prompt"]
+        for name in ("negative_prompt", "max_sequence_length"):
+            if input_args.get(name):
+                kwargs[name] = input_args[name]
         generator = torch.Generator(self.pipe._execution_device).manual_seed(input_args["seed"])
         output = self.pipe(**kwargs, generator=generator)
         images = output.images if output else []

@@ -45,6 +45,10 @@ _EXCLUDED_FLAGS = (
 )
 
 
+#: xDiT's flags for models of other kinds: from pictures, of videos. (The others that our models lack, xDiT refuses.)
+_IDLE_FLAGS = ("input_images", "resize_input_images", "num_frames", "guidance_scale_2", "flow_shift")
+
+
 def _switch(text: str) -> bool:
     if text not in ("on", "off"):
         raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from on, off)")
@@ -109,8 +113,15 @@ def prepare(args: argparse.Namespace, gpus: int, world_size: int | None = None) 
     if args.nproc_per_node is None:
         args.nproc_per_node = (world_size or count_processes(args)) // args.nnodes
     check_processes(args, world_size or args.nproc_per_node * args.nnodes, args.nproc_per_node, gpus)
+    try:
+        family = resolve(args.model).family
+    except ValueError:
+        if hybrid:
+            raise
+        return hybrid  # a model of xDiT's own
+    refuse_idle(args, family)
     split = [f"--{name}" for name in SEQUENCE_DEGREES if getattr(args, name) > 1]
-    if hybrid and resolve(args.model).family == "sdxl" and split:
+    if hybrid and family == "sdxl" and split:
         raise ValueError(f"SDXL's U-Net has no sequence to split: drop {' and '.join(split)}.")
     return hybrid
 
@@ -198,6 +209,13 @@ def apply_strategy(args: argparse.Namespace, hybrid: HybridConfig | None) -> Non
     if hybrid is not None:
         refuse_excluded(vars(args))
         args.pipefusion_parallel_degree = hybrid.stages // 2
+
+
+def refuse_idle(args: argparse.Namespace, family: str) -> None:
+    """Raise a ValueError that names the flags which have no effect on a model of this family."""
+    names = (*_IDLE_FLAGS, "max_sequence_length") if family == "sdxl" else _IDLE_FLAGS
+    if idle := [f"--{name}" for name in names if getattr(args, name, None)]:
+        raise ValueError(f"{' and '.join(idle)}: no effect on a model of the family {family}. Drop what has none.")
 
 
 def refuse_excluded(flags: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from peft import LoraConfig
 
 from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
 from hybridiff_xdit.evaluate.graphs import seconds_between
-from hybridiff_xdit.seam.hooks import _SESSION
+from hybridiff_xdit.seam.hooks import _SESSIONS, denoiser_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -43,7 +43,7 @@ def add_lora(denoiser):
 
 
 def captured(pipe):
-    return set(getattr(pipe, _SESSION).graphs.captured())
+    return set(_SESSIONS[pipe].graphs(denoiser_of(pipe)).captured())
 
 
 @pytest.mark.parametrize("fields", [dict(plan=PLAN), dict(policy="cfg"), dict(speedup=2.5)], ids=str)

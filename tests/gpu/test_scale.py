@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ranks import Ranks, device
 
 from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
-from hybridiff_xdit.seam.hooks import _SESSION
+from hybridiff_xdit.seam.hooks import _SESSIONS, denoiser_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -32,7 +32,7 @@ def compare(pipe, name, cut, fields, **how):
         apply_hybrid(pipe, HybridConfig(balance="flops", cuda_graphs=cuda_graphs, **fields), **how)
         found += [call(pipe, name) for _ in range(2)]
         plan, rule = last_report(pipe)["plan"], last_report(pipe)["config"]["guidance"]
-        captured.append(len(getattr(pipe, _SESSION).graphs.captured()))
+        captured.append(len(_SESSIONS[pipe].graphs(denoiser_of(pipe)).captured()))
         remove_hybrid(pipe)
     assert plan == fields.get("plan", ALL_FULL) and captured[1] == 0
     with oracle.inside(pipe, plan=plan, rule=rule or "reuse", cut=cut):
@@ -136,7 +136,7 @@ def ends():
     apply_hybrid(pipe, HybridConfig(policy="cfg"), sequence=sequence, simulate=True)
     for _ in range(2):
         call(pipe, "sd3")
-    graphs = getattr(pipe, _SESSION).graphs
+    graphs = _SESSIONS[pipe].graphs(denoiser_of(pipe))
     before = len(graphs.captured())
     dist.destroy_process_group()
     return before, len(graphs.captured())

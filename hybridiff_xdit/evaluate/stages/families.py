@@ -20,5 +20,6 @@ def read(denoiser: nn.Module) -> Anatomy:
             return anatomy(denoiser)
     raise ValueError(
         f"hybrid-cond does not understand the structure of {type(denoiser).__name__}: it splits SD3-type MMDiTs "
-        f"({', '.join(MMDiT.parts)}) and Stable Diffusion U-Nets ({', '.join(UNet.parts)}). Use xDiT's --parallel cfg."
+        f"({', '.join(MMDiT.parts)}) and Stable Diffusion U-Nets ({', '.join(UNet.parts)}). Where no step is PIPELINED "
+        "(--hybrid_kinds FS) and there are two stages, any denoiser runs; else use xDiT's --parallel cfg."
     )
