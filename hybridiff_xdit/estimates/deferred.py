@@ -24,10 +24,9 @@ errors of the steps' impulses are added there,
 
 with the sampler's gains :math:`G` (`Sampler.gains`) and what the pipeline makes of the streams (`weights`): :math:`k`
 of a prediction, and :math:`v = k (w - 1)` of a distance. Those of step :math:`b` itself are known only when it is over.
-Until then :math:`w` is taken for the largest of late (`Guidance.ahead`); what that leaves unpaid is paid on the FULL step
-after. On
-PIPELINED steps cond owes nothing, and :math:`D(t_j)` has :math:`\beta\, (c_j - C(t_j))` added. A FULL step whose gain
-is too small to carry the debt (`Sampler.carries`) leaves it to the next.
+Until then :math:`w` is taken for the largest of late (`Guidance.ahead`); what that leaves unpaid is paid on the FULL
+step after. On PIPELINED steps cond owes nothing, and :math:`D(t_j)` has :math:`\beta\, (c_j - C(t_j))` added. A FULL
+step whose gain is too small to carry the debt (`Sampler.carries`) leaves it to the next.
 
 :math:`\alpha, \beta, \gamma, \kappa, \mu \in [0, 1]` are fitted per picture on every FULL step, each as a running mean
 (weight 0.8 a FULL step) of a least-squares coefficient, each within [-1, 2]: :math:`\alpha` of

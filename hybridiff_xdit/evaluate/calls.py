@@ -41,7 +41,7 @@ class Call:
 
     @cached_property
     def flat(self) -> tuple[list[Any], Any]:
-        """The leaves of the inputs, and their structure. (A forward may empty lists that it is given: ask before it.)"""
+        """The leaves of the inputs, and their structure: as they were when this was first asked."""
         return pytree.tree_flatten(self.inputs)
 
     @cached_property
