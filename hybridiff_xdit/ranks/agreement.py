@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..trees import modules_of
 from .comm import Comm, bit_sum, checksum
 
-#: Sums of the weights of each module, as last seen.
-_SUMS: WeakKeyDictionary[torch.nn.Module, dict[Any, torch.Tensor]] = WeakKeyDictionary()
+#: Sums of weights, as last seen.
+_SUMS = WeakTensorKeyDictionary()
 
 #: Numbers that are read of a weight which lies elsewhere.
 _FEW = 4096
@@ -80,33 +80,32 @@ def fingerprint(module: torch.nn.Module, device: torch.device) -> torch.Tensor:
     ``device`` (because they are offloaded) are read at their beginning only, and those that are loaded when they are
     used are left out.
     """
-    here: dict[Any, list[torch.Tensor]] = {}
-    seen = _SUMS.setdefault(module, {})
-    sums: dict[Any, torch.Tensor] = {}
+    sums = [torch.zeros((), dtype=torch.int64, device=device)]
+    here: dict[torch.dtype, list[torch.Tensor]] = {}
     for part in modules_of(module):
         for weight in (*part._parameters.values(), *part._buffers.values()):
-            if weight is None or weight.is_meta or not weight.numel():
-                continue
-            key = weight.data_ptr(), weight._version, weight.shape, weight.dtype
-            is_here = weight.device.type == device.type
-            if key not in sums:
-                few = weight if is_here else weight.flatten()[:_FEW].contiguous()
-                sums[key] = seen[key] if key in seen else bit_sum(few).to(device)
-                if is_here and weight.is_floating_point() and weight.element_size() > 1:
+            if weight is not None and not weight.is_meta and weight.numel():
+                sums.append(_sum_of(weight, device))
+                if weight.device.type == device.type and weight.is_floating_point() and weight.element_size() > 1:
                     here.setdefault(weight.dtype, []).append(weight.detach())
-    _SUMS[module] = sums
     norms = [
         norm.float()
         for dtype, weights in here.items()
         for norm in torch._foreach_norm(weights, 2, dtype=torch.promote_types(dtype, torch.float32))
     ]
-    return checksum(
-        [torch.stack([*sums.values(), torch.zeros((), dtype=torch.int64, device=device)]), *_stacked(norms)]
-    )
+    return checksum([torch.stack(sums), *([torch.stack(norms)] if norms else [])])
 
 
-def _stacked(values: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [torch.stack(values)] if values else []
+def _sum_of(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The sum of a weight's bits, kept for as long as it is the same object, in the same place and not written to."""
+    place = weight.data_ptr(), weight._version, device
+    before = _SUMS.get(weight)
+    if before is not None and before[0] == place:
+        return before[1]
+    is_here = weight.device.type == device.type
+    found = bit_sum(weight if is_here else weight.flatten()[:_FEW].contiguous()).to(device)
+    _SUMS[weight] = place, found
+    return found
 
 
 def _digest(fact: Any) -> int:
