@@ -26,9 +26,9 @@ class HybridConfig(FixedSettings, PaperSettings, AdaptiveSettings):
         guidance: name of the rule (`estimates.rules`). Default: ``mixed`` with ``paper``, else ``deferred``.
         stages: stages of a PIPELINED step, an even number, and with it the ranks of a picture (or groups of ranks that
             split its tokens): half of them evaluate a branch on FULL steps.
-        balance: what makes the stages' shares alike: ``time``, measured on a GPU on the first run of a size (elsewhere,
-            and where a branch's tokens are split, it is ``flops``), or ``flops``, which gives the same stages, and so
-            the same pictures, on any device. Default: ``time``.
+        balance: what makes the stages' shares alike. ``time`` is measured by CUDA graph on a GPU on the first run of a
+            size; elsewhere, where a branch's tokens are split, and without CUDA graphs it is ``flops``. ``flops`` gives
+            the same stages, and so the same pictures, on any device. Default: ``time``.
         cuda_graphs: whether a GPU's kernels are launched by CUDA graphs (`graphs`). Default: yes.
         report: folder for ``report.json`` and ``report.png``, made if missing; rank 0 writes.
 

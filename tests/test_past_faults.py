@@ -43,7 +43,7 @@ from hybridiff_xdit import HybridConfig, apply_hybrid, hybrid, last_report, remo
 from hybridiff_xdit.evaluate import graphs
 from hybridiff_xdit.evaluate.stages import executor
 from hybridiff_xdit.ranks.comm import Comm, Solo, checksum
-from hybridiff_xdit.seam import run
+from hybridiff_xdit.seam import signals
 from hybridiff_xdit.seam.checkpoints import resolve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -800,7 +800,7 @@ def summed():
         counts.append(sum(tensor.numel() for tensor in trees.tensors_of(value)))
         return checksum(value)
 
-    with mock.patch.object(run, "checksum", counting):
+    with mock.patch.object(signals, "checksum", counting):
         zoo_batched.call(pipe, "sdxl controlnet", num_inference_steps=4)
     return counts
 

@@ -322,3 +322,30 @@ def drifting(name, fields, who, after):
 def test_ranks_that_drift_apart(four, who, after, found):
     for message in four.run(drifting, "sd3", {"plan": "FFFFFPPFPF", "stages": 4}, who, after):
         assert f"at step {found} the ranks' latents are no longer the same" in message
+
+
+def leaving(plan, who, after):
+    """(error of a call in which one rank's callback raises, latents of a call after it, of one before it)."""
+    pipe = tiny.pipeline("sd3")
+    apply_hybrid(pipe, HybridConfig(plan=plan, stages=4, balance="flops"))
+
+    def callback(pipe, step, timestep, tensors):
+        if step == after and dist.get_rank() == who:
+            raise InterruptedError("by the user")
+        return {}
+
+    expected, found = tiny.call(pipe, "sd3"), "none"
+    try:
+        tiny.call(pipe, "sd3", callback_on_step_end=callback)
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"
+    return found, tiny.call(pipe, "sd3"), expected
+
+
+@pytest.mark.parametrize(
+    ("plan", "who", "after"), [("F" * 10, 1, 2), ("FFFFFPPFPF", 3, 4), ("FFFFFPFSPF", 0, 6), ("FFFFFSFSFS", 2, 8)]
+)
+def test_a_rank_that_leaves_ends_the_run_on_all(four, plan, who, after):
+    for rank, (error, latents, expected) in enumerate(four.run(leaving, plan, who, after)):
+        assert error == "InterruptedError: by the user" if rank == who else f"rank {who} left the run" in error
+        assert torch.equal(latents, expected)

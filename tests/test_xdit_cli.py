@@ -5,6 +5,7 @@ import dataclasses
 import math
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -296,6 +297,10 @@ def test_every_field_of_the_configuration_is_a_flag():
     options.add_options(parser)
     flags = {name.removeprefix("hybrid_") for name in vars(parser.parse_args([])) if name.startswith("hybrid_")}
     assert flags == {field.name for field in dataclasses.fields(HybridConfig)}
+
+
+def test_the_readme_has_the_table_of_options():
+    assert options.table() in (Path(__file__).parents[1] / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

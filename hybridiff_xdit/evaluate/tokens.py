@@ -57,9 +57,15 @@ class SequenceSplit:
             )
         anatomy.shards = self.comm.size
         self._undo.append(partial(setattr, anatomy, "shards", 1))
+
+        def attend(image: Heads, text: Heads | None) -> torch.Tensor:
+            return self._attend(
+                image, text
+            )  # not the method: graphs describe what a processor holds (`trees.describe`)
+
         for attn in parts.attentions:
             self._undo.append(partial(setattr, attn, "processor", attn.processor))
-            attn.processor = _Processor(self._attend)  # type: ignore[assignment]
+            attn.processor = _Processor(attend)  # type: ignore[assignment]
         self._undo.append(parts.embed.register_forward_hook(lambda module, args, tokens: self._shard(tokens)).remove)
         self._undo.append(parts.project.register_forward_hook(lambda module, args, tokens: self._whole(tokens)).remove)
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..trees import modules_of
 from .comm import Comm, bit_sum, checksum
 
-#: Sums of weights, as last seen.
-_SUMS = WeakTensorKeyDictionary()
+#: Sums of the weights of each module, as last seen, and the objects, places and versions that they were then.
+_SUMS: WeakKeyDictionary[torch.nn.Module, tuple[Any, Any, torch.Tensor]] = WeakKeyDictionary()
 
 #: Numbers that are read of a weight which lies elsewhere.
 _FEW = 4096
@@ -80,32 +80,33 @@ def fingerprint(module: torch.nn.Module, device: torch.device) -> torch.Tensor:
     ``device`` (because they are offloaded) are read at their beginning only, and those that are loaded when they are
     used are left out.
     """
-    sums = [torch.zeros((), dtype=torch.int64, device=device)]
-    here: dict[torch.dtype, list[torch.Tensor]] = {}
-    for part in modules_of(module):
-        for weight in (*part._parameters.values(), *part._buffers.values()):
-            if weight is not None and not weight.is_meta and weight.numel():
-                sums.append(_sum_of(weight, device))
-                if weight.device.type == device.type and weight.is_floating_point() and weight.element_size() > 1:
-                    here.setdefault(weight.dtype, []).append(weight.detach())
-    norms = [
-        norm.float()
-        for dtype, weights in here.items()
-        for norm in torch._foreach_norm(weights, 2, dtype=torch.promote_types(dtype, torch.float32))
+    weights = [
+        weight
+        for part in modules_of(module)
+        for weight in (*part._parameters.values(), *part._buffers.values())
+        if weight is not None and not weight.is_meta and weight.numel()
     ]
-    return checksum([torch.stack(sums), *([torch.stack(norms)] if norms else [])])
+    # By reference, of which an object has one as long as it is kept: a new weight may lie where one was that is gone.
+    refs = [ref(weight) for weight in weights]
+    state = [(id(kept), weight.data_ptr(), weight._version) for kept, weight in zip(refs, weights, strict=True)]
+    _, known, sums = _SUMS.get(module, ([], None, torch.zeros(1, dtype=torch.int64, device=device)))
+    if weights and (known != state or sums.device != device):
+        sums = torch.stack([_sum_of(weight, device) for weight in weights])
+        _SUMS[module] = refs, state, sums
+    here: dict[torch.dtype, list[torch.Tensor]] = {}
+    for weight in weights:
+        if weight.device.type == device.type and weight.is_floating_point() and weight.element_size() > 1:
+            here.setdefault(weight.dtype, []).append(weight.detach())
+    norms = [
+        torch.stack(torch._foreach_norm(same, 2, dtype=torch.promote_types(dtype, torch.float32)))
+        for dtype, same in here.items()
+    ]
+    return checksum([sums, *norms])
 
 
 def _sum_of(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The sum of a weight's bits, kept for as long as it is the same object, in the same place and not written to."""
-    place = weight.data_ptr(), weight._version, device
-    before = _SUMS.get(weight)
-    if before is not None and before[0] == place:
-        return before[1]
     is_here = weight.device.type == device.type
-    found = bit_sum(weight if is_here else weight.flatten()[:_FEW].contiguous()).to(device)
-    _SUMS[weight] = place, found
-    return found
+    return bit_sum(weight if is_here else weight.flatten()[:_FEW].contiguous()).to(device)
 
 
 def _digest(fact: Any) -> int:

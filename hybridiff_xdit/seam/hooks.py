@@ -237,7 +237,8 @@ class _Session:
             "prompts (--prompt, --negative_prompt)": checksum([torch.zeros(1, device=device), others]),
         }
         self._is_agreed = True  # whatever is raised from here to the first evaluation is raised on all ranks
-        if names := differing(facts, self.comm, self.across, device):
+        names = differing(facts, self.comm, self.across, device)
+        if names:
             self._has_timesteps = False
             raise disagreement(names)
 
@@ -253,6 +254,7 @@ class _Session:
                 f"hybrid-cond: this rank left the run after step {run.step} of {run.num_steps} ({why}), others did "
                 "not. Interrupt it on every rank at the same step. The run has ended on every rank."
             )
+        run.remember()
         if not is_interrupted:
             self._report(run, run.engine.report() | {"bytes_sent": [self.comm.bytes_sent]})
 

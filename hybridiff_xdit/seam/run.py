@@ -26,7 +26,7 @@ from ..schedule.sampler import Sampler, read_sampler
 from .coupling import Coupling, attention_of, coupling_of, moving_weights, state_of
 from .pattern import Pattern, compare
 from .pending import Promise
-from .signals import FAILED, Signals, drifted
+from .signals import FAILED, Signals
 from .step import Step
 
 #: Relative difference between a batch evaluated whole and in parts, above which its samples see one another.
@@ -297,10 +297,13 @@ class Run:
         self._read()
         with self.signals.together():
             exchange = executor.full(
-                self._branches, call.latents, self.time(self.step), extrapolate=rule.extrapolates_boundary
+                self._branches,
+                self.signals.header(call, RUNNING),
+                self.time(self.step),
+                extrapolate=rule.extrapolates_boundary,
             )
         self.now.has_exchanged = True
-        self.signals.send(self.step, None, exchange.drifted)
+        self.signals.send(self.step, exchange.headers)
         structure = executor.structure(call)
         return [structure.fill([pred]) for pred in (exchange.pred_u, exchange.pred_c)]
 
@@ -501,15 +504,14 @@ class Run:
         with self.signals.together():
             self._read()
             if self._executor is not None:
-                if self._executor.drifted():
-                    raise drifted(self.num_steps - 1)
+                self.signals.check(self._executor.heard(), self.num_steps - 1)
                 self._executor.drain()
             comm = self.setting.streams.comm
             mine = torch.tensor([comm.bytes_sent, RUNNING], device=self._device)
             sent = torch.stack(comm.all_gather(mine))
             self.signals.raise_if_left(sent[:, 1].tolist(), self.step)
-        self.signals.is_over = self.is_finished = True
-        self._remember()
+        self.signals.is_over = True
+        self.remember()
         return {**self.engine.report(), "bytes_sent": sent[:, 0].tolist()}
 
     @torch.no_grad()  # the pipeline's own is over
@@ -525,6 +527,8 @@ class Run:
             structures = [slot.structures for slot in self._promised.slots]
             headers = streams.leave(asked, structures, torch.tensor([0, LEFT], device=self._device))
             return set(headers[:, 1].tolist()) == {LEFT}
+        if self._executor is not None and self._executor.stages > 2:
+            return self._leave_stages(step - (self.now.calls != [] and not self.now.has_exchanged))
         if not (self.now.calls and self._kind_now is FULL and not self.now.has_exchanged):
             # The others make further steps before they exchange anything; PIPELINED ones need this rank's part.
             while step < self.num_steps and (kind := self._foreseen(step)) is not FULL:
@@ -540,6 +544,25 @@ class Run:
         else:
             statuses = streams.leave(self._foretold, [slot.structures for slot in pattern.slots], header)
         return set(statuses[:, 1].tolist()) == {LEFT}
+
+    def _leave_stages(self, step: int) -> bool:
+        """Leave a run of more than two stages: the others read on one FULL step what was said on the one before."""
+        executor, streams = self._executor, self.setting.streams
+        assert executor is not None
+        header, full_steps = torch.tensor([0, LEFT], device=self._device), 0
+        while step < self.num_steps and full_steps < 2:
+            kind = self._foreseen(step)
+            if kind is PIPELINED:
+                self._play_along(step)
+            elif kind is FULL:
+                extrapolate = RULES[str(self.setting.config.guidance)].extrapolates_boundary
+                executor.full(self._branches, header, self.time(step), extrapolate=extrapolate)
+                full_steps += 1
+            step += 1
+        headers = executor.heard()
+        if not full_steps:  # the others have heard nothing of it when they end the run
+            headers = torch.stack(streams.comm.all_gather(header))
+        return set(headers[:, 1].tolist()) == {LEFT}
 
     def _foreseen(self, step: int) -> StepKind:
         """The kind of a later step, as the other ranks will take it."""
@@ -561,8 +584,12 @@ class Run:
             extrapolate=rule.extrapolates_boundary,
         )
 
-    def _remember(self) -> None:
-        """Keep for later runs what the calls of a step are, where there are several and each is some rank's."""
+    def remember(self) -> None:
+        """The run has ended on all ranks alike: keep for later ones what calls of a step it has had.
+
+        Those are kept of which there are several, each some rank's.
+        """
+        self.is_finished = True
         earlier = self.setting.earlier
         for pattern in self._learnt:
             if len(pattern.slots) > 1 and all(slot.owners and slot.count == 1 for slot in pattern.slots):

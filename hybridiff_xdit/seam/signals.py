@@ -74,13 +74,9 @@ class Signals:
         latents = checksum(call.latents)
         return torch.cat([latents, torch.full_like(latents, status)])
 
-    def send(self, step: int, headers: torch.Tensor | None, drifted: torch.Tensor | None = None) -> None:
+    def send(self, step: int, headers: torch.Tensor) -> None:
         """Start to bring to the host what all ranks said in an exchange."""
-        if headers is not None:
-            drifted, statuses = (headers[:, 0] != headers[0, 0]).any(), headers[:, 1]
-        else:
-            assert drifted is not None
-            statuses = torch.zeros(1, dtype=torch.int64, device=drifted.device)
+        drifted, statuses = (headers[:, 0] != headers[0, 0]).any(), headers[:, 1]
         # On one rank, whose header never left the host, these alone are on its GPU.
         others = torch.stack(self.pending).any() if self.pending else torch.zeros_like(drifted)
         self.pending = []

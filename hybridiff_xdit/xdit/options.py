@@ -64,6 +64,12 @@ def _flag(field: dataclasses.Field[Any]) -> dict[str, Any]:
     return {**flag, "help": f"for {policy!r}: {flag['help']}" if policy else flag["help"]}
 
 
+def table() -> str:
+    """The README's table of options: Markdown, a row a field of `HybridConfig`."""
+    rows = [f"| `--hybrid_{field.name}` | {_flag(field)['help']} |" for field in dataclasses.fields(HybridConfig)]
+    return "\n".join(["| flag, and field of `HybridConfig` | meaning |", "| --- | --- |", *rows])
+
+
 def _names(settings: Any) -> list[str]:
     return [field.name for field in dataclasses.fields(settings)]
 

@@ -15,6 +15,7 @@ from hybridiff_xdit.seam.hooks import _SESSIONS, denoiser_of
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 PLAN = "FFFSPFFPPPFPPPSF"
+FIXED = dict(plan=PLAN, balance="flops")  # without graphs nothing is timed, and the cuts are the FLOPs'
 
 
 @pytest.fixture(params=["float32", "float16"])
@@ -51,11 +52,11 @@ def captured(pipe):
 def test_graphs_give_the_same_bits(name, fields, dtype):
     pipe = shared(name, dtype)
     calls = [dict(), dict(height=48), dict(seed=1)]
-    apply_hybrid(pipe, HybridConfig(**fields, cuda_graphs=False), simulate=True)
+    apply_hybrid(pipe, HybridConfig(**fields, balance="flops", cuda_graphs=False), simulate=True)
     expected = [call(pipe, name, **kwargs) for kwargs in calls]
     plan = last_report(pipe)["plan"]
     assert not captured(pipe)
-    apply_hybrid(pipe, HybridConfig(**fields), simulate=True)
+    apply_hybrid(pipe, HybridConfig(**fields, balance="flops"), simulate=True)
     found = [call(pipe, name, **kwargs) for kwargs in calls]
     assert last_report(pipe)["plan"] == plan
     assert len(captured(pipe)) >= (3 if "plan" in fields else 1)
@@ -93,7 +94,7 @@ def test_other_weights_and_adapters_are_noticed(name):
         yield {}
 
     def pictures(**fields):
-        apply_hybrid(pipe, HybridConfig(plan=PLAN, **fields), simulate=True)
+        apply_hybrid(pipe, HybridConfig(plan=PLAN, **{"balance": "flops", **fields}), simulate=True)
         before = {key: value.clone() for key, value in denoiser.state_dict().items()}
         found = [call(pipe, name, **kwargs) for kwargs in changes()]
         pipe.unload_lora_weights()
@@ -108,8 +109,8 @@ def test_other_weights_and_adapters_are_noticed(name):
 def test_what_runs_on_the_host_is_left_alone(caplog):
     """An offloaded denoiser, and a forward that a capture does not allow: eager, said once, and right."""
     pipe = pipeline("sdxl")
-    expected = call(apply_hybrid(pipe, HybridConfig(plan=PLAN, cuda_graphs=False), simulate=True), "sdxl")
-    apply_hybrid(pipe, HybridConfig(plan=PLAN), simulate=True)
+    expected = call(apply_hybrid(pipe, HybridConfig(**FIXED, cuda_graphs=False), simulate=True), "sdxl")
+    apply_hybrid(pipe, HybridConfig(**FIXED), simulate=True)
     block = pipe.unet.mid_block
     original = block.forward
 
@@ -125,7 +126,7 @@ def test_what_runs_on_the_host_is_left_alone(caplog):
     del block.forward
     remove_hybrid(pipe)
     pipe.enable_model_cpu_offload()
-    apply_hybrid(pipe, HybridConfig(plan=PLAN), simulate=True)
+    apply_hybrid(pipe, HybridConfig(**FIXED), simulate=True)
     assert torch.equal(call(pipe, "sdxl"), expected)
     assert "by a hook" in caplog.text and not captured(pipe)
 
@@ -134,8 +135,8 @@ def test_compiled_blocks_are_captured(caplog):
     pipe = pipeline("sd3")
     for block in pipe.transformer.transformer_blocks:
         block.forward = torch.compile(block.forward, dynamic=False)
-    expected = call(apply_hybrid(pipe, HybridConfig(plan=PLAN, cuda_graphs=False), simulate=True), "sd3")
-    assert torch.equal(call(apply_hybrid(pipe, HybridConfig(plan=PLAN), simulate=True), "sd3"), expected)
+    expected = call(apply_hybrid(pipe, HybridConfig(**FIXED, cuda_graphs=False), simulate=True), "sd3")
+    assert torch.equal(call(apply_hybrid(pipe, HybridConfig(**FIXED), simulate=True), "sd3"), expected)
     assert len(captured(pipe)) == 3 and "CUDA graphs" not in caplog.text
 
 
@@ -150,7 +151,7 @@ def test_memory_is_released_on_removal():
 
     def used():
         """Reserved while the graphs are there, and after."""
-        apply_hybrid(pipe, HybridConfig(plan=PLAN), simulate=True)
+        apply_hybrid(pipe, HybridConfig(**FIXED), simulate=True)
         call(pipe, "sdxl", height=512, width=512)
         during = reserved()
         remove_hybrid(pipe)

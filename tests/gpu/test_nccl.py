@@ -26,5 +26,5 @@ def test_ranks_that_differ(pair):
 def test_drift(pair, fields):
     noticed = 4 if "policy" in fields else 6
     for kind, message, *_ in pair.run(test_faults.drift, 3, fields):
-        assert kind == "RuntimeError"
+        assert kind == "RunOver"
         assert f"at step {noticed} the ranks' latents are no longer the same" in message

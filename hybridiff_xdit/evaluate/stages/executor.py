@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ...ranks.comm import Comm, Gathering, Transfer, checksum
+from ...ranks.comm import Comm, Gathering, Transfer
 from ...schedule.plan import SYNCHRONOUS_STEPS
 from ...trees import map_tensors, tensors_of
 from ..calls import Call, Structure, part
@@ -23,14 +23,17 @@ Branch = Literal["uncond", "cond"]
 
 
 class Exchange(NamedTuple):
-    """What a FULL step brings every rank: both predictions [B, ...], and if the ranks' inputs differ (0-d bool).
+    """What a FULL step of more than two stages brings every rank.
 
-    With more than two stages, the last is known of the FULL step before only: see `Executor.drifted`.
+    Attributes:
+        pred_u: the prediction of uncond, [B, ...].
+        pred_c: likewise of cond.
+        headers: what the ranks said on the FULL step before (`Executor.heard`).
     """
 
     pred_u: torch.Tensor
     pred_c: torch.Tensor
-    drifted: torch.Tensor
+    headers: torch.Tensor
 
 
 class _Known(NamedTuple):
@@ -123,7 +126,7 @@ class Executor:
         # The last two boundaries that are at home on this rank, by stream and by index of the segment that reads them.
         self._known: defaultdict[tuple[str, int], list[_Known]] = defaultdict(list)
         self._due: _Due | None = None
-        self._sums: Gathering | None = None  # of the last FULL step's inputs, where they are not waited for
+        self._headers: Gathering | None = None  # of the last FULL step: they are not waited for there
         self._outgoing: list[Transfer] = []
         self._capture: Any = None
         self.now = 0.0  # time of the FULL step that is evaluated
@@ -183,13 +186,12 @@ class Executor:
 
     # A FULL step of more stages.
 
-    def full(self, branches: dict[Branch, Inputs], latents: Any, time: float, *, extrapolate: bool) -> Exchange:
-        """Both branches, each through its ranks, then the exchange of predictions and of a checksum of the latents.
+    def full(self, branches: dict[Branch, Inputs], header: torch.Tensor, time: float, *, extrapolate: bool) -> Exchange:
+        """Both branches, each through its ranks, then the exchange of predictions and of headers.
 
         Args:
             branches: the forward's arguments of each branch, batch B.
-            latents: of both together, batch 2B, which every rank holds: ranks that drifted apart are found by their
-                checksum.
+            header: what this rank says (a checksum of the latents, its status), int64 [2].
             time: of the step, for what is extrapolated from it and to it.
             extrapolate: old boundaries are read as the straight line through the last two at ``time``.
         """
@@ -199,10 +201,10 @@ class Executor:
         self._full_steps += 1
         if len(self.ranks) > 1:
             pred_u, pred_c = predictions
-            return Exchange(pred_u, pred_c, torch.zeros((), dtype=torch.bool, device=pred_c.device))
+            return Exchange(pred_u, pred_c, self.heard())
         pred_u, pred_c = (self._share(predictions, rank) for rank in (self.stages // 2 - 1, self.stages - 1))
-        exchange = Exchange(pred_u, pred_c, self.drifted())
-        self._sums = self.comm.gather(checksum(latents))
+        exchange = Exchange(pred_u, pred_c, self.heard())
+        self._headers = self.comm.gather(header)
         return exchange
 
     def structure(self, call: Call) -> Structure:
@@ -242,12 +244,15 @@ class Executor:
             self._hand_over(route, made, time)
         return pred
 
-    def drifted(self) -> torch.Tensor:
-        """Whether the ranks' inputs differed on the last FULL step (0-d bool), if its exchange could not tell."""
-        if self._sums is None:
-            return torch.zeros((), dtype=torch.bool, device=self._device)
-        sums, self._sums = torch.cat(self._sums.wait()), None
-        return self._differ(sums)
+    def heard(self) -> torch.Tensor:
+        """Headers of all ranks on the last FULL step of more than two stages, [ranks, 2], if they are not read yet.
+
+        Also those of the other places: if some ranks stopped and others went on, these would wait for ever.
+        """
+        if self._headers is None:
+            return torch.zeros(1, 2, dtype=torch.int64, device=self._device)
+        headers, self._headers = torch.stack(self._headers.wait()), None
+        return headers if self.sequence is None else torch.cat(self.sequence.all_gather(headers))
 
     def drain(self) -> None:
         """Complete what is in flight and forget the run; what was captured stays for the next."""
@@ -262,7 +267,7 @@ class Executor:
         self._outgoing.clear()
         if self._capture is not None:
             self._capture.remove()
-        self._capture = self._partition = self._captured = self._sums = None
+        self._capture = self._partition = self._captured = self._headers = None
         self._full_steps = 0
         self._known.clear()
 
@@ -299,12 +304,6 @@ class Executor:
             if ranks[-1] in self.ranks:
                 predictions += left[ranks[-1]].boundary
         return predictions
-
-    def _differ(self, sums: torch.Tensor) -> torch.Tensor:
-        """Whether checksums differ (0-d bool): those given, one of each rank of the group, and of the other places."""
-        if self.sequence is not None:  # if some ranks stopped and others went on, these would wait for ever
-            sums = torch.cat(self.sequence.all_gather(sums))
-        return (sums != sums[0]).any()
 
     # An evaluation.
 
