@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
 
 from ..trees import modules_of
-from .comm import Comm, bit_sum, checksum
+from .comm import Comm, Gathering, bit_sum, checksum
 
 #: Sums of the weights of each module, as last seen, and the objects, places and versions that they were then.
 _SUMS: WeakKeyDictionary[torch.nn.Module, tuple[Any, Any, torch.Tensor]] = WeakKeyDictionary()
@@ -28,7 +30,12 @@ class Gone(RuntimeError):
 
 
 def differing(facts: dict[str, Any], comm: Comm, across: Comm | None, device: torch.device) -> list[str]:
-    """Names of the facts that are not the same on every rank; the same answer on all of them.
+    """Names of the facts that are not the same on every rank; the same answer on all of them (`compare`)."""
+    return compare(facts, comm, across, device)()
+
+
+def compare(facts: dict[str, Any], comm: Comm, across: Comm | None, device: torch.device) -> Callable[[], list[str]]:
+    """Start to compare facts; what waits for the other ranks, and tells which are not the same on all of them.
 
     What is exchanged has one size, whatever the facts are: ranks that differ cannot misread each other.
 
@@ -47,21 +54,26 @@ def differing(facts: dict[str, Any], comm: Comm, across: Comm | None, device: to
     digests = {name: _digest(fact) for name, fact in facts.items() if name not in sums}
     padding = [0] * (_SLOTS - 1 - len(facts))
     rest = torch.tensor([*digests.values(), *padding, _HERE], device=device, dtype=torch.int64)
-    *values, statuses = _gather(torch.cat([*sums.values(), rest]), comm, across).T.tolist()
+    sent = comm.gather(torch.cat([*sums.values(), rest]))
+    return partial(_read, [*sums, *digests], sent, across)
+
+
+def _read(names: list[str], sent: Gathering, across: Comm | None) -> list[str]:
+    *values, statuses = _everywhere(sent, across).T.tolist()
     if any(status == _LEFT for status in statuses):
         raise Gone(
             "hybrid-cond: another rank ended its call with an error before the first step: look for it in its log."
         )
-    return [name for name, value in zip([*sums, *digests], values, strict=False) if len(set(value)) > 1]
+    return [name for name, value in zip(names, values, strict=False) if len(set(value)) > 1]
 
 
 def leave(comm: Comm, across: Comm | None, device: torch.device) -> None:
     """Tell ranks that may be about to compare facts that this one is not going on."""
-    _gather(torch.tensor([0] * (_SLOTS - 1) + [_LEFT], device=device), comm, across)
+    _everywhere(comm.gather(torch.tensor([0] * (_SLOTS - 1) + [_LEFT], device=device)), across)
 
 
-def _gather(mine: torch.Tensor, comm: Comm, across: Comm | None) -> torch.Tensor:
-    gathered = torch.stack(comm.all_gather(mine))  # [ranks, slots]
+def _everywhere(sent: Gathering, across: Comm | None) -> torch.Tensor:
+    gathered = torch.stack(sent.wait())  # [ranks, slots]
     return gathered if across is None else torch.cat(across.all_gather(gathered))
 
 

@@ -14,7 +14,7 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from threading import get_ident
@@ -31,7 +31,7 @@ from ..evaluate.stages.executor import Executor
 from ..evaluate.stages.families import read
 from ..evaluate.streams import Streams
 from ..evaluate.tokens import SequenceSplit
-from ..ranks.agreement import Gone, differing, disagreement, fingerprint, leave
+from ..ranks.agreement import Gone, compare, disagreement, fingerprint, leave
 from ..ranks.comm import Comm, Solo, checksum
 from ..report import write_report
 from .coupling import settings_of
@@ -196,22 +196,29 @@ class _Session:
         """Check that the ranks agree and that the configuration fits, before anything is evaluated."""
         hint = vars(pipe).get("_num_timesteps")
         self.comm.bytes_sent = 0
-        self._agree(pipe, call, hint)
+        agreed = self._agree(pipe, call, hint)
+        if self.across is not None:  # graphs then have something to exchange too
+            agreed()
         device = call.tensors[0].device
         if device.type == "cuda":
             self._stack.enter_context(torch.cuda.device(device))  # events and graphs are of the current one
         for denoiser in _denoisers(pipe):
-            self.graphs(denoiser).begin(device)
+            self.graphs(denoiser).begin(device)  # while the GPU sums the weights, and the other ranks theirs
+        agreed()
         try:
             return Run(self.setting, pipe.scheduler, hint if isinstance(hint, int) else None)
         except ValueError:
             self._has_timesteps, self._is_agreed = False, True
             raise
 
-    def _agree(self, pipe: Any, call: Call, hint: Any) -> None:
-        """Compare what must be the same on every rank, by one small exchange whose size depends on nothing."""
+    def _agree(self, pipe: Any, call: Call, hint: Any) -> Callable[[], None]:
+        """Compare what must be the same on every rank, by one small exchange whose size depends on nothing.
+
+        Returns:
+            What waits for it, and raises a RuntimeError on every rank if it is not.
+        """
         if self.comm.size == 1 and self.across is None:
-            return
+            return lambda: None
         device = call.tensors[0].device
         # Reductions give the same bits only on the same hardware with the same number of threads.
         is_cuda = device.type == "cuda"
@@ -237,10 +244,14 @@ class _Session:
             "prompts (--prompt, --negative_prompt)": checksum([torch.zeros(1, device=device), others]),
         }
         self._is_agreed = True  # whatever is raised from here to the first evaluation is raised on all ranks
-        names = differing(facts, self.comm, self.across, device)
-        if names:
-            self._has_timesteps = False
-            raise disagreement(names)
+        read = cache(compare(facts, self.comm, self.across, device))
+
+        def agreed() -> None:
+            if names := read():
+                self._has_timesteps = False
+                raise disagreement(names)
+
+        return agreed
 
     def _end_early(self, pipe: Any) -> None:
         """The pipeline has come to its end before the run has: it was interrupted, or left timesteps out."""
