@@ -116,6 +116,8 @@ def prepare(args: argparse.Namespace, gpus: int, world_size: int | None = None) 
     """
     hybrid = read_config(args)
     apply_strategy(args, hybrid)
+    if hybrid and (world_size or args.nproc_per_node or gpus) == 1 and _may_be_alone(args, hybrid):
+        args.use_cfg_parallel = False  # one GPU: SKIPPED steps save time there too
     if args.nproc_per_node is None:
         args.nproc_per_node = (world_size or count_processes(args)) // args.nnodes
     check_processes(args, world_size or args.nproc_per_node * args.nnodes, args.nproc_per_node, gpus)
@@ -130,6 +132,10 @@ def prepare(args: argparse.Namespace, gpus: int, world_size: int | None = None) 
     if hybrid and family == "sdxl" and split:
         raise ValueError(f"SDXL's U-Net has no sequence to split: drop {' and '.join(split)}.")
     return hybrid
+
+
+def _may_be_alone(args: argparse.Namespace, hybrid: HybridConfig) -> bool:
+    return args.nnodes == 1 and not hybrid.has_stages and all(getattr(args, name) == 1 for name in PROCESS_DEGREES)
 
 
 def leaves_layout_open(args: argparse.Namespace, argv: list[str], gpus: int) -> bool:

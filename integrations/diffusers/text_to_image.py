@@ -1,4 +1,4 @@
-"""Text to image with plain diffusers on two processes.
+"""Text to image with plain diffusers on two processes (or, started with python, on one).
 
 torchrun --nproc_per_node 2 text_to_image.py --model stabilityai/stable-diffusion-xl-base-1.0 --prompt "a cup of tea"
 """
@@ -27,10 +27,12 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO)
 
     on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    is_alone = "WORLD_SIZE" not in os.environ
+    if not is_alone:
+        dist.init_process_group("nccl" if on_gpu else "gloo")
 
     model = resolve(args.model)
     dtype = model.dtype if on_gpu else torch.float32
@@ -47,10 +49,11 @@ def main() -> None:
         guidance_scale=model.guidance_scale,
         generator=torch.Generator().manual_seed(0),
     ).images[0]
-    if dist.get_rank() == 0:
+    if is_alone or dist.get_rank() == 0:
         image.save(args.out)
         logging.info("%s; plan %s", args.out, last_report(pipe)["plan"])
-    dist.destroy_process_group()
+    if not is_alone:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
