@@ -497,6 +497,19 @@ def test_a_denoiser_that_is_replaced_after_apply_is_the_one_that_runs():
         assert gap(found, call(plain)) == 0
 
 
+def test_a_denoiser_that_is_replaced_is_let_go_and_its_layers_are_not_split():
+    pipe = applied(own("sd15"), {"plan": "FFSF"})
+    call(pipe)
+    before, pipe.unet = weakref.ref(pipe.unet), tiny.unet(block_out_channels=(8, 16, 16))
+    call(pipe)
+    gc.collect()
+    assert before() is None
+    applied(pipe, {"plan": "FFPF"})
+    pipe.unet = tiny.unet(block_out_channels=(8, 16, 16))
+    with pytest.raises(ValueError, match="another denoiser than when it was applied.*call apply_hybrid again"):
+        call(pipe)
+
+
 # 13: guidance in an interval.
 
 

@@ -7,10 +7,12 @@ latents, for several: [uncond, cond] or [cond, uncond].
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils import _pytree as pytree
@@ -48,7 +50,7 @@ class Call:
     def kind(self) -> Any:
         """What two calls have in common that ask for the same streams of a step."""
         leaves, spec = self.flat
-        return id(self.denoiser), self.context, spec, tuple(map(kind_of, leaves))
+        return _number_of(self.denoiser), self.context, spec, tuple(map(kind_of, leaves))
 
     @property
     def latents(self) -> Any:
@@ -69,6 +71,17 @@ class Call:
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor among the arguments."""
         return [leaf for leaf in self.flat[0] if isinstance(leaf, torch.Tensor)]
+
+
+#: Numbers of denoisers. (Another one may have the ``id`` of one that is gone, and not on every rank.)
+_NUMBERS: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
+_FRESH = itertools.count()
+
+
+def _number_of(denoiser: torch.nn.Module) -> int:
+    if denoiser not in _NUMBERS:
+        _NUMBERS[denoiser] = next(_FRESH)
+    return _NUMBERS[denoiser]
 
 
 def read_call(denoiser: torch.nn.Module, evaluate: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Call:

@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from threading import get_ident
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -75,7 +75,7 @@ class _Session:
                 executor = Executor(anatomy, comm, self.graphs(anatomy.denoiser), self.across, config.stages)
         streams = Streams(comm, self.across, self.graphs, is_apart)
         self.setting = Setting(config, streams, executor, self._warn)
-        handlers: dict[str, Any] = {"__call__": partial(self._call, pipe_ref(pipe))}
+        handlers: dict[str, Any] = {"__call__": partial(self._call, ref(pipe))}
         if comm.size > 1 and hasattr(pipe, "encode_prompt"):
             encoding = Encoding(pipe, comm, self.across)
             handlers |= {"check_inputs": encoding.check_inputs, "encode_prompt": encoding.encode_prompt}
@@ -202,6 +202,9 @@ class _Session:
         device = call.tensors[0].device
         if device.type == "cuda":
             self._stack.enter_context(torch.cuda.device(device))  # events and graphs are of the current one
+        present = {getattr(part, "_orig_mod", part) for part in _denoisers(pipe)} | set(_denoisers(pipe))
+        for gone in set(self._graphs) - present:  # the pipeline has another denoiser now
+            self._graphs.pop(gone).clear()
         for denoiser in _denoisers(pipe):
             self.graphs(denoiser).begin(device)  # while the GPU sums the weights, and the other ranks theirs
         agreed()
@@ -309,13 +312,6 @@ _OURS = ("return_dict",)
 @lru_cache(maxsize=32)
 def _signature_of(function: Any) -> inspect.Signature:
     return inspect.signature(function)
-
-
-def pipe_ref(pipe: Any) -> Callable[[], Any]:
-    """A pipeline by reference only: what watches it must not keep it alive."""
-    import weakref
-
-    return weakref.ref(pipe)
 
 
 def _has_callback(arguments: dict[str, Any]) -> bool:

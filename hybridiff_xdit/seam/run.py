@@ -16,6 +16,7 @@ import torch
 
 from ..config import HybridConfig
 from ..engine import Engine
+from ..estimates.base import Rule
 from ..estimates.rules import RULES
 from ..evaluate.calls import Call, Inputs, Structure, count_parts, part, split
 from ..evaluate.stages.executor import Branch, Executor
@@ -108,11 +109,15 @@ class Run:
         left = len(self.scheduler.timesteps) - start
         self.num_steps = min(self._hint, left) if self._hint else left
         sampler: Sampler | None = None
-        if config.policy == "adaptive" or (not config.is_exact and RULES[str(config.guidance)].needs_sampler):
+        if config.policy == "adaptive" or (not config.is_exact and self._rule.needs_sampler):
             sampler = read_sampler(self.scheduler, start, self.num_steps, **extra)
         family = self.setting.executor.anatomy.family if self.setting.executor else "mmdit"
         policy = make_policy(config, self.num_steps, family, sampler, gain)
         self.engine = Engine(config, policy, sampler)
+
+    @property
+    def _rule(self) -> type[Rule]:
+        return RULES[str(self.setting.config.guidance)]
 
     @property
     def is_over(self) -> bool:
@@ -274,7 +279,6 @@ class Run:
         """What to hand the pipeline on a PIPELINED step."""
         executor, engine = self._executor, self.engine
         assert executor is not None
-        rule = RULES[str(self.setting.config.guidance)]
         step = self.step
         with self.signals.together():
             self.signals.read()  # a rank that has left takes no part in this step
@@ -282,10 +286,10 @@ class Run:
             self._branches = _branches(call)
             pred = executor.pipelined(
                 self._branches,
-                rule.stage0_branch,
+                self._rule.stage0_branch,
                 self.time(step),
                 hand_over=hand_over,
-                extrapolate=rule.extrapolates_boundary,
+                extrapolate=self._rule.extrapolates_boundary,
             )
         return engine.pipelined(pred)
 
@@ -293,7 +297,6 @@ class Run:
         """Both branches' predictions through the ranks' stages."""
         executor = self._executor
         assert executor is not None
-        rule = RULES[str(self.setting.config.guidance)]
         self._branches = _branches(call)
         self._read()
         with self.signals.together():
@@ -301,7 +304,7 @@ class Run:
                 self._branches,
                 self.signals.header(call, RUNNING),
                 self.time(self.step),
-                extrapolate=rule.extrapolates_boundary,
+                extrapolate=self._rule.extrapolates_boundary,
             )
         self.now.has_exchanged = True
         self.signals.send(self.step, exchange.headers)
@@ -405,6 +408,12 @@ class Run:
         may_pipeline = self.engine.policy.may_pipeline
         if executor is None or count != 2 or call.is_listed or not (may_pipeline or executor.stages > 2):
             return None
+        if getattr(call.denoiser, "_orig_mod", call.denoiser) is not executor.anatomy.denoiser:
+            with self.signals.together():
+                raise ValueError(
+                    "hybrid-cond: the pipeline has another denoiser than when it was applied, whose layers it was to "
+                    "split: call apply_hybrid again."
+                )
         if moves := moving_weights(call.denoiser):
             with self.signals.together():
                 raise ValueError(
@@ -556,7 +565,7 @@ class Run:
             if kind is PIPELINED:
                 self._play_along(step)
             elif kind is FULL:
-                extrapolate = RULES[str(self.setting.config.guidance)].extrapolates_boundary
+                extrapolate = self._rule.extrapolates_boundary
                 executor.full(self._branches, header, self.time(step), extrapolate=extrapolate)
                 full_steps += 1
             step += 1
@@ -575,14 +584,14 @@ class Run:
 
     def _play_along(self, step: int) -> None:
         """Take this rank's part of a PIPELINED step that it will not see, with the arguments of the last one."""
-        executor, rule = self._executor, RULES[str(self.setting.config.guidance)]
+        executor = self._executor
         assert executor is not None
         executor.pipelined(
             self._branches,
-            rule.stage0_branch,
+            self._rule.stage0_branch,
             self.time(step),
             hand_over=step + 1 < self.num_steps and self.engine.policy.kind(step + 1) is PIPELINED,
-            extrapolate=rule.extrapolates_boundary,
+            extrapolate=self._rule.extrapolates_boundary,
         )
 
     def remember(self) -> None:
