@@ -506,7 +506,7 @@ def test_a_denoiser_that_is_replaced_is_let_go_and_its_layers_are_not_split():
     assert before() is None
     applied(pipe, {"plan": "FFPF"})
     pipe.unet = tiny.unet(block_out_channels=(8, 16, 16))
-    with pytest.raises(ValueError, match="another denoiser than when it was applied.*call apply_hybrid again"):
+    with pytest.raises(ValueError, match=r"another denoiser than when it was applied.*call apply_hybrid again"):
         call(pipe)
 
 

@@ -85,7 +85,7 @@ def test_processes_are_counted_where_there_are_gpus(launched, model, monkeypatch
         ("--parallel hybrid-cond --hybrid_plan FSF --hybrid_guidance mixed", ("--hybrid_guidance", "deferred")),
         ("--parallel cfg --hybrid_tolerance 0.1", ("--hybrid_tolerance", "--parallel hybrid-cond")),
         ("--parallel hybrid-cond --hybrid_interval 5", ("--hybrid_interval", "use paper")),
-        ("--parallel hybrid-cond --hybrid_interval 0", ("--hybrid_interval", "1 or more")),
+        ("--parallel hybrid-cond --hybrid_policy paper --hybrid_interval 0", ("--hybrid_interval", "1 or more")),
         ("--parallel hybrid", ("--parallel", "hybrid-cond")),
         ("--hybrid_policy paper", ("--hybrid_policy", "--parallel hybrid-cond")),
         ("--parallel cfg --hybrid_interval 5", ("--hybrid_interval", "--parallel hybrid-cond")),
@@ -280,9 +280,13 @@ def test_plan_can_be_calibrated(capsys):
 
 def test_too_few_gpus(launched, model, monkeypatch, capfd):
     monkeypatch.setattr(cli, "count_gpus", lambda: 1)
-    with pytest.raises(SystemExit):
-        cli.main(["--model", model, "--prompt", "a cat", "--parallel", "hybrid-cond"])
-    assert "CUDA_VISIBLE_DEVICES" in capfd.readouterr().err
+    command = ["--model", model, "--prompt", "a cat", "--parallel", "hybrid-cond"]
+    for more in (["--hybrid_plan", "8-48/2"], ["--nproc_per_node", "2"]):
+        with pytest.raises(SystemExit):
+            cli.main([*command, *more])
+        assert "CUDA_VISIBLE_DEVICES" in capfd.readouterr().err
+    assert cli.main(command) == 0  # without PIPELINED steps one GPU is enough
+    assert "--nproc_per_node=1" in launched[0]
 
 
 def test_help_of_plan():
@@ -420,8 +424,10 @@ def test_the_pipelines_check_the_degrees():
     two, four = HybridConfig(), HybridConfig(stages=4)
     pipelines._check(engine(), two)
     pipelines._check(engine(pp_degree=2), four)
-    with pytest.raises(ValueError, match="--use_cfg_parallel"):
-        pipelines._check(engine(cfg_degree=1), two)
+    pipelines._check(engine(cfg_degree=1), two)  # one process
+    for alone, hybrid in ((engine(cfg_degree=1, dp_degree=2), two), (engine(cfg_degree=1), four)):
+        with pytest.raises(ValueError, match="--use_cfg_parallel"):
+            pipelines._check(alone, hybrid)
     for hybrid, degree in ((two, 2), (four, 1), (four, 4)):
         words = rf"--hybrid_stages {hybrid.stages} .*--pipefusion_parallel_degree, and that is {degree}"
         with pytest.raises(ValueError, match=words):

@@ -61,7 +61,9 @@ def plan(argv: list[str]) -> int:
         checkpoint = resolve(args.model)
         height, width = ((side or args.size or checkpoint.size) for side in (args.height, args.width))
         steps = args.steps or checkpoint.steps
-        kinds = planner.expected_plan(HybridConfig(speedup=args.hybrid_speedup, plan=args.hybrid_plan), steps)
+        config = HybridConfig(speedup=args.hybrid_speedup, plan=args.hybrid_plan)
+        options.refuse_low(config)
+        kinds = planner.expected_plan(config, steps)
         cost = planner.cost_of(checkpoint, height, width)
         speed, source = planner.speed_of(cost.kind, args.device or _device_name())
         if args.calibrate:

@@ -118,6 +118,8 @@ def prepare(args: argparse.Namespace, gpus: int, world_size: int | None = None) 
     apply_strategy(args, hybrid)
     if hybrid and (world_size or args.nproc_per_node or gpus) == 1 and _may_be_alone(args, hybrid):
         args.use_cfg_parallel = False  # one GPU: SKIPPED steps save time there too
+    elif hybrid:
+        refuse_low(hybrid)
     if args.nproc_per_node is None:
         args.nproc_per_node = (world_size or count_processes(args)) // args.nnodes
     check_processes(args, world_size or args.nproc_per_node * args.nnodes, args.nproc_per_node, gpus)
@@ -132,6 +134,18 @@ def prepare(args: argparse.Namespace, gpus: int, world_size: int | None = None) 
     if hybrid and family == "sdxl" and split:
         raise ValueError(f"SDXL's U-Net has no sequence to split: drop {' and '.join(split)}.")
     return hybrid
+
+
+def refuse_low(hybrid: HybridConfig) -> None:
+    """Refuse a target that two ranks exceed with every step FULL.
+
+    Raises:
+        ValueError: with the flag and the mend.
+    """
+    if hybrid.speedup is not None and hybrid.speedup < 2:
+        raise ValueError(
+            f"speedup={hybrid.speedup} (--hybrid_speedup): give a number from 2, which is every step FULL on two GPUs."
+        )
 
 
 def _may_be_alone(args: argparse.Namespace, hybrid: HybridConfig) -> bool:

@@ -39,7 +39,6 @@ from xfuser.core.distributed import (  # noqa: E402
     get_cfg_group,
     get_data_parallel_rank,
     get_data_parallel_world_size,
-    get_world_group,
     is_dp_last_group,
     runtime_state,
 )
@@ -183,7 +182,9 @@ def _check(engine_config: EngineConfig, hybrid: HybridConfig) -> None:
             "use_fast_attn": engine_config.fast_attn_config.use_fast_attn,
         }
     )
-    if parallel.cfg_degree != 2 and (hybrid.has_stages or get_world_group().world_size > 1):
+    degrees = parallel.dp_degree, parallel.ulysses_degree, parallel.ring_degree, parallel.pp_degree
+    is_alone = set(degrees) == {1} and not hybrid.has_stages  # one process, where steps can be SKIPPED
+    if parallel.cfg_degree != 2 and not is_alone:
         raise ValueError("hybrid-cond runs on xDiT's CFG group of two: add --use_cfg_parallel.")
     if parallel.pp_degree != hybrid.stages // 2:
         raise ValueError(
