@@ -197,7 +197,7 @@ def test_wrong_combination_under_launch(models, tmp_path):
 
 
 def test_runner_refuses_a_wrong_world_size(models, tmp_path):
-    flags = ("--model", models / "sd3", "--prompt", "a cat", "--parallel", "hybrid-cond")
+    flags = ("--model", models / "sd3", "--prompt", "a cat", "--parallel", "hybrid-cond", "--hybrid_plan", "8-48/2")
     result = torchrun("-m", "hybridiff_xdit.xdit.runner", *flags, processes=1, cwd=tmp_path, check=False)
     assert result.returncode != 0
     assert "error on rank 0: --parallel hybrid-cond needs 2 processes, not 1" in result.stderr
