@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 #: one to four.
 PLANS = ["FFFFFPPPFFPF", "FPFPPPPFPFFPPF", "FFFSPFFPPSFFPF", "FSFPPSSFFPPFFSFP", "FFFFFFFFFF", "FFFFSFPPSPFF"]
 NAMES = ["sd3", "sdxl", "sd15"]
-AGREEMENT, CHECKSUM = 24 * 8, 8  # bytes
+AGREEMENT, HEADER = 24 * 8, 16  # bytes
 TOLERANCE = 1e-5  # of the largest latent
 
 
@@ -144,7 +144,7 @@ def test_guidance_off_for_a_step():
 def test_bytes_sent_are_those_counted_by_hand(four, name, prediction, into, plan, handed_over):
     first, second, third, inner, middle, outer = (4 * numbers for numbers in into)
     full, pipelined = plan.count("F"), plan.count("P")
-    common = 3 * (AGREEMENT + full * CHECKSUM)  # to three others
+    common = 3 * (AGREEMENT + full * HEADER)  # to three others
     shared = 3 * 4 * prediction
     counts = [
         full * second + handed_over * first,  # FULL: stages 0 and 1; PIPELINED: 0

@@ -65,13 +65,13 @@ def test_a_shard_of_the_boundary_is_sent(run):
     _, stages, degree, ranks = run
     latent = 4 * 16 * 16 * 16
     tokens = 4 * 32 * (64 // degree + tiny.TOKENS)
-    agreed = 8 * 12 * (stages - 1)  # one digest a fact, when the run begins
+    agreed = 8 * 24 * (stages - 1)  # one digest a fact, when the run begins
     full, pipelined, crossing = 6, 4, 1
     if stages == 2:  # both ranks send a header and their prediction on FULL steps
-        common = agreed + full * (latent + 16)
+        common = agreed + 2 * 16 + full * (latent + 16)  # two headers alone, while the calls are learnt
         counts = [crossing * tokens, pipelined * latent]
-    else:  # on FULL steps a branch's first rank sends into its second, that its prediction to all; and all a checksum
-        common = agreed + full * 3 * 8
+    else:  # on FULL steps a branch's first rank sends into its second, that its prediction to all; and all a header
+        common = agreed + full * 3 * 16
         counts = [
             full * tokens + crossing * tokens,
             full * 3 * latent + crossing * tokens,
