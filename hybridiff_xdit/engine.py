@@ -150,7 +150,6 @@ class Engine:
         Every rank reads the same values at the same step, so all raise or none, and all take the same decision.
 
         Raises:
-            RuntimeError: the ranks have drifted apart.
             ValueError: predictions are not finite.
         """
         while len(self._measured) > keep:

@@ -138,17 +138,11 @@ class Streams:
                 offsets[rank] += -(-count // _ALIGNMENT) * _ALIGNMENT
             # Also this rank's own: what it goes on with has then been on the same way as the others'.
             whole[i][j] = structures[i][j].fill(tensors)
-        return whole, self._headers(gathered)
+        return whole, self._everywhere(torch.stack([sent[:_ALIGNMENT].view(torch.int64) for sent in gathered]))
 
     def leave(self, asked: Sequence[Asked], structures: Sequence[Sequence[Structure]], header: torch.Tensor) -> Any:
         """Take part in an `exchange` with nothing to give; the headers."""
-        if self.comm.size == 1 or not any(one.owners for one in asked):
-            return self.announce(header)
-        gathered = self.comm.all_gather(_padded([header.view(torch.uint8)], self.size(asked, structures)))
-        return self._headers(gathered)
-
-    def _headers(self, gathered: list[torch.Tensor]) -> torch.Tensor:
-        return self._everywhere(torch.stack([sent[:_ALIGNMENT].view(torch.int64) for sent in gathered]))
+        return self.exchange([[None] * one.count for one in asked], asked, structures, header)[1]
 
     def _everywhere(self, headers: torch.Tensor) -> torch.Tensor:
         """Also the headers of the other places: if some ranks stopped and others went on, these would wait for ever."""

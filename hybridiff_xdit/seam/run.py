@@ -277,21 +277,22 @@ class Run:
 
     def _pipelined(self, call: Call, pattern: Pattern) -> list[Any]:
         """What to hand the pipeline on a PIPELINED step."""
-        executor, engine = self._executor, self.engine
-        assert executor is not None
-        step = self.step
         with self.signals.together():
             self.signals.read()  # a rank that has left takes no part in this step
-            hand_over = step + 1 < self.num_steps and engine.policy.kind(step + 1) is PIPELINED
             self._branches = _branches(call)
-            pred = executor.pipelined(
-                self._branches,
-                self._rule.stage0_branch,
-                self.time(step),
-                hand_over=hand_over,
-                extrapolate=self._rule.extrapolates_boundary,
-            )
-        return engine.pipelined(pred)
+            pred = self._evaluate_once(self.step)
+        return self.engine.pipelined(pred)
+
+    def _evaluate_once(self, step: int) -> torch.Tensor:
+        """This rank's part of a PIPELINED step, with the arguments that it has last seen; the prediction."""
+        assert self._executor is not None
+        return self._executor.pipelined(
+            self._branches,
+            self._rule.stage0_branch,
+            self.time(step),
+            hand_over=step + 1 < self.num_steps and self.engine.policy.kind(step + 1) is PIPELINED,
+            extrapolate=self._rule.extrapolates_boundary,
+        )
 
     def _staged(self, call: Call) -> list[Any]:
         """Both branches' predictions through the ranks' stages."""
@@ -543,7 +544,7 @@ class Run:
             # The others make further steps before they exchange anything; PIPELINED ones need this rank's part.
             while step < self.num_steps and (kind := self._foreseen(step)) is not FULL:
                 if kind is PIPELINED and self._executor is not None:
-                    self._play_along(step)
+                    self._evaluate_once(step)
                 step += 1
         header = torch.tensor([0, LEFT], device=self._device)
         pattern = self.pattern
@@ -563,7 +564,7 @@ class Run:
         while step < self.num_steps and full_steps < 2:
             kind = self._foreseen(step)
             if kind is PIPELINED:
-                self._play_along(step)
+                self._evaluate_once(step)
             elif kind is FULL:
                 extrapolate = self._rule.extrapolates_boundary
                 executor.full(self._branches, header, self.time(step), extrapolate=extrapolate)
@@ -581,18 +582,6 @@ class Run:
             return FULL
         kind = self.engine.kind(step)
         return kind if self._fits(kind, pattern) else FULL
-
-    def _play_along(self, step: int) -> None:
-        """Take this rank's part of a PIPELINED step that it will not see, with the arguments of the last one."""
-        executor = self._executor
-        assert executor is not None
-        executor.pipelined(
-            self._branches,
-            self._rule.stage0_branch,
-            self.time(step),
-            hand_over=step + 1 < self.num_steps and self.engine.policy.kind(step + 1) is PIPELINED,
-            extrapolate=self._rule.extrapolates_boundary,
-        )
 
     def remember(self) -> None:
         """The run has ended on all ranks alike: keep for later ones what calls of a step it has had.
