@@ -109,7 +109,7 @@ def test_removal_restores_the_pipeline(run):
     ("case", "words"),
     [
         ("seed", "the ranks started with different initial noise"),
-        ("drift", "the ranks' latents or prompts are no longer the same"),
+        ("drift", "the ranks' latents are no longer the same"),
         ("tokens", "25 image tokens cannot be split over"),
     ],
 )

@@ -102,6 +102,11 @@ def read_call(denoiser: torch.nn.Module, evaluate: Callable[..., Any], args: Any
     return call
 
 
+def is_compiled(denoiser: torch.nn.Module) -> bool:
+    """Whether ``torch.compile`` has been given the whole denoiser."""
+    return hasattr(denoiser, "_orig_mod") or denoiser._compiled_call_impl is not None
+
+
 def _forward_of(cls: type) -> Any:
     """Its forward; where that only hands its arguments on, the one that it overrides."""
     forwards = [vars(base)["forward"] for base in cls.__mro__ if "forward" in vars(base)]

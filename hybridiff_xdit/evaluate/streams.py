@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ class Streams:
         """This rank's share of a step's calls.
 
         Args:
-            watch: told of each part's forward; see `stages.executor.Executor.watch`.
+            watch: told of each part's forward; see `stages.executor.Executor`.
         """
         for denoiser in {id(one.call.denoiser): one.call.denoiser for one in asked}.values():
             self.graphs(denoiser).look()
@@ -93,7 +94,7 @@ class Streams:
         graphs = self.graphs(call.denoiser)
         if watch is None:
             return graphs("forward", lambda inputs: call.evaluate(**inputs), call.inputs)
-        output, seen = graphs(watch.name, lambda inputs: (call.evaluate(**inputs), watch.take()), call.inputs)
+        output, seen = graphs(watch.name, partial(watch.watch, call), call.inputs)
         watch.keep(number, seen)
         return output
 

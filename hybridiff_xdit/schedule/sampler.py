@@ -120,9 +120,11 @@ def _respond(
         The final samples, and of each sample the denoiser's input after its impulse; float64, [T] each.
     """
     copied = copy.deepcopy(scheduler)
-    for name, value in vars(copied).items():
+    for name, value in list(vars(copied).items()):
         if isinstance(value, torch.Tensor):
             setattr(copied, name, value.cpu())
+        elif callable(value) and hasattr(type(copied), name):
+            delattr(copied, name)  # a function put before the class's would step the original
     accepted = inspect.signature(copied.step).parameters
     count = len(run)
     sample = torch.zeros(count, 1, 1, 1, dtype=torch.float64)

@@ -18,7 +18,7 @@ from ..config import HybridConfig
 from ..engine import Engine
 from ..estimates.base import Rule
 from ..estimates.rules import RULES
-from ..evaluate.calls import Call, Inputs, Structure, count_parts, part, split
+from ..evaluate.calls import Call, Inputs, Structure, count_parts, is_compiled, part, split
 from ..evaluate.stages.executor import Branch, Executor
 from ..evaluate.streams import LEFT, RUNNING, Asked, Streams, deal
 from ..schedule.plan import FULL, PIPELINED, SKIPPED, StepKind
@@ -213,14 +213,15 @@ class Run:
         if self._is_estimable(pattern):
             self.setting.warn(
                 f"hybrid-cond: this pipeline asks for {pattern.count} stream(s) in {len(pattern.slots)} call(s) a "
-                "step, and a PIPELINED step needs uncond and cond, in this order, in one: such steps are FULL. Use "
-                "--hybrid_kinds FS."
+                "step, and a PIPELINED step needs uncond and cond, in this order, in one that may be evaluated by "
+                "branches: such steps are FULL. Use --hybrid_kinds FS."
             )
         return FULL
 
     def _fits(self, kind: StepKind, pattern: Pattern) -> bool:
         """Whether a step of these streams can be of a kind."""
         is_pair = len(pattern.slots) == 1 and pattern.count == 2 and self.engine.cond == 1
+        is_pair = is_pair and self._executor is not None
         return kind is FULL or (self._is_estimable(pattern) and (kind is SKIPPED or is_pair))
 
     def _is_estimable(self, pattern: Pattern) -> bool:
@@ -255,7 +256,7 @@ class Run:
         streams, executor = self.setting.streams, self._executor
         self._foretold = pattern.foretell(call)
         if executor is not None and executor.stages > 2:
-            outputs = self._staged(call)
+            outputs = self._staged(call, pattern.structures)
         else:
             structures = [slot.structures for slot in pattern.slots]
             if executor is not None:
@@ -294,8 +295,8 @@ class Run:
             extrapolate=self._rule.extrapolates_boundary,
         )
 
-    def _staged(self, call: Call) -> list[Any]:
-        """Both branches' predictions through the ranks' stages."""
+    def _staged(self, call: Call, structures: list[Structure]) -> list[Any]:
+        """Both branches' predictions through the ranks' stages, in nests of these structures."""
         executor = self._executor
         assert executor is not None
         self._branches = _branches(call)
@@ -309,8 +310,8 @@ class Run:
             )
         self.now.has_exchanged = True
         self.signals.send(self.step, exchange.headers)
-        structure = executor.structure(call)
-        return [structure.fill([pred]) for pred in (exchange.pred_u, exchange.pred_c)]
+        predictions = (exchange.pred_u, exchange.pred_c)
+        return [structure.fill([pred]) for structure, pred in zip(structures, predictions, strict=True)]
 
     # A step that is learnt.
 
@@ -329,13 +330,31 @@ class Run:
         count, state = count_parts(call), state_of(call.denoiser)
         is_shared = streams.is_apart or streams.comm.size > 1
         coupling = coupling_of(call.denoiser) if count > 1 and is_shared else Coupling.NONE
+        owners = None
         if coupling is Coupling.COUPLED:
             self._warn_whole(call, "its attention processors (perturbed-attention guidance) cut the batch themselves")
-        self._executor = self._prepare(call, count)
+        else:
+            self._executor = self._prepare(call, count)
+            owners = deal([1.0] * count, streams.ranks) if count > 1 else None
         if self._executor is not None and self._executor.stages > 2:
-            self.now.note(self._staged(call), state, True)
-            return self.now.answer(0)
-        owners = deal([1.0] * count, streams.ranks) if count > 1 and coupling is not Coupling.COUPLED else None
+            found = self._staged(call, [self._executor.structure(call)] * count)
+        else:
+            owners, found = self._learn_apart(call, count, owners)
+        if coupling is Coupling.UNKNOWN and owners is not None:
+            (whole,) = streams.evaluate([Asked(call, count)])
+            if _differ(whole, found, Structure(whole[0], call.is_listed)):
+                self._warn_whole(call, "an attention processor lets the samples of its batch see one another")
+                owners, found = None, whole
+        if owners is None:
+            self._release_executor()
+        self.now.note(found, state, owners is not None or count == 1)
+        return self.now.answer(0)
+
+    def _learn_apart(
+        self, call: Call, count: int, owners: tuple[int, ...] | None
+    ) -> tuple[tuple[int, ...] | None, list[Any]]:
+        """Evaluate the first call of such a step by its streams; who may own them (None: no single rank), and they."""
+        streams = self.setting.streams
         asked = [Asked(call, count, owners)]
         error: Exception | None = None
         try:
@@ -344,29 +363,29 @@ class Run:
             error = raised
         with self.signals.together():
             statuses = self._announce(call, RUNNING if error is None else FAILED)
-            if error is not None and (owners is None or set(statuses) != {FAILED}):
+            # Where layers are split too, there is no other way to evaluate it.
+            if error is not None and (owners is None or self._executor is not None or set(statuses) != {FAILED}):
                 raise error
         if error is not None:
             self._warn_whole(call, f"its parts cannot be evaluated apart ({type(error).__name__}: {error})")
-            owners = None
-            evaluated = streams.evaluate([Asked(call, count)])
+            return None, streams.evaluate([Asked(call, count)])[0]
         if owners is None:
-            found = evaluated[0]
-        else:
-            own = next((output for output in evaluated[0] if output is not None), None)
-            if own is None:  # there are more ranks than streams, and this one has to know what streams look like
-                own = streams.evaluate([Asked(part(call, 0, count))])[0][0]
-            structure = Structure(own, call.is_listed)
+            return None, evaluated[0]
+        own = next((output for output in evaluated[0] if output is not None), None)
+        if own is None:  # there are more ranks than streams, and this one has to know what streams look like
+            own = streams.evaluate([Asked(part(call, 0, count))])[0][0]
+        structures = [[Structure(own, call.is_listed)] * count]
+        with self.signals.together():
+            (found,), _ = streams.exchange(evaluated, asked, structures, self.signals.header(call, RUNNING))
+        return owners, found
+
+    def _release_executor(self) -> None:
+        """No layers are split in this run; the same on every rank."""
+        if self._executor is not None:
             with self.signals.together():
-                header = self.signals.header(call, RUNNING)
-                (found,), _ = streams.exchange(evaluated, asked, [[structure] * count], header)
-        if coupling is Coupling.UNKNOWN and owners is not None:
-            (whole,) = streams.evaluate([Asked(call, count)])
-            if _differ(whole, found, structure):
-                self._warn_whole(call, "an attention processor lets the samples of its batch see one another")
-                owners, found = None, whole
-        self.now.note(found, state, owners is not None or count == 1)
-        return self.now.answer(0)
+                self.signals.check(self._executor.heard(), self.step)
+                self._executor.drain()
+            self._executor = None
 
     def _promise(self, index: int, call: Call, expected: Pattern) -> Any:
         """Evaluate a call of such a step if it is this rank's; else return what is filled in after the last one."""
@@ -415,6 +434,12 @@ class Run:
                     "hybrid-cond: the pipeline has another denoiser than when it was applied, whose layers it was to "
                     "split: call apply_hybrid again."
                 )
+        if is_compiled(call.denoiser):
+            self.setting.warn(
+                f"hybrid-cond: where layers are split, the {type(executor.anatomy.denoiser).__name__} is evaluated as "
+                "it is, though it is compiled as a whole. Compile its blocks instead: "
+                "block.forward = torch.compile(block.forward), or use --hybrid_kinds FS."
+            )
         if moves := moving_weights(call.denoiser):
             with self.signals.together():
                 raise ValueError(
@@ -433,6 +458,16 @@ class Run:
         if self.setting.streams.ranks > 1:
             self.setting.warn(
                 f"hybrid-cond: {type(call.denoiser).__name__} is evaluated whole on every rank, since {why}."
+            )
+
+    def _warn_idle(self) -> None:
+        """Say so where ranks had nothing to do in the whole run."""
+        comm, streams = self.setting.streams.comm, max((pattern.count for pattern in self._learnt), default=0)
+        if self._executor is None and 0 < streams < comm.size:
+            self.setting.warn(
+                f"hybrid-cond: this pipeline's steps have {streams} stream(s) and the group has {comm.size} ranks, so "
+                f"that {comm.size - streams} had nothing to evaluate. Start fewer processes (--nproc_per_node), or "
+                "give the others a part of each stream: --ulysses_degree, --ring_degree, --hybrid_stages."
             )
 
     def _has_other_attention(self) -> bool:
@@ -523,6 +558,7 @@ class Run:
             self.signals.raise_if_left(sent[:, 1].tolist(), self.step)
         self.signals.is_over = True
         self.remember()
+        self._warn_idle()
         return {**self.engine.report(), "bytes_sent": sent[:, 0].tolist()}
 
     @torch.no_grad()  # the pipeline's own is over

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ...ranks.comm import Comm, Gathering, Transfer
 from ...schedule.plan import SYNCHRONOUS_STEPS
 from ...trees import map_tensors, tensors_of
-from ..calls import Call, Structure, part
+from ..calls import Call, Structure, is_compiled, part
 from ..graphs import Graphs, can_capture, seconds_between
 from .anatomy import Activation, Anatomy, Boundary, Inputs
 from .cuts import Partition, Segment
@@ -129,6 +130,7 @@ class Executor:
         self._headers: Gathering | None = None  # of the last FULL step: they are not waited for there
         self._outgoing: list[Transfer] = []
         self._capture: Any = None
+        self._structure: tuple[Any, Structure] | None = None  # of calls of one kind, whatever the run
         self.now = 0.0  # time of the FULL step that is evaluated
 
     def begin(self, inputs: Inputs, is_timed: bool = False) -> None:
@@ -164,10 +166,14 @@ class Executor:
         """Of a whole forward that is watched."""
         return f"forward, boundary of {None if self._partition is None else self._partition.cut}"
 
-    def take(self) -> Boundary | None:
-        """The boundary that the last forward left at the cut."""
+    def watch(self, call: Call, inputs: Inputs) -> tuple[Any, Boundary | None]:
+        """What a whole forward returns, and the boundary that it leaves at the cut."""
+        # What was compiled before the hook was there would not call it.
+        plain = torch.compiler.set_stance("force_eager") if is_compiled(call.denoiser) else nullcontext()
+        with plain:
+            output = call.evaluate(**inputs)
         boundary, self._captured = self._captured, None
-        return boundary
+        return output, boundary
 
     def keep(self, branch: int, boundary: Boundary | None) -> None:
         """Keep what a branch's forward (0 uncond, 1 cond) at time `now` left.
@@ -178,8 +184,8 @@ class Executor:
         self._full_steps += 1
         if self._capture is not None and boundary is None:
             raise RuntimeError(
-                "hybrid-cond: the denoiser's forward did not call the block that ends a stage as a module. Compile the "
-                "blocks' forwards (block.forward = torch.compile(block.forward)) instead of the whole denoiser."
+                "hybrid-cond: the denoiser's forward did not call the block that ends a stage as a module, so that no "
+                "step can be PIPELINED: use --hybrid_kinds FS."
             )
         if self._partition is not None and boundary is not None and branch == 1:
             self._learn("pipelined", len(self._partition.segments) - 1, _Known(self.now, boundary))
@@ -208,11 +214,14 @@ class Executor:
         return exchange
 
     def structure(self, call: Call) -> Structure:
-        """What the denoiser returns of a call, found by a run on fake tensors: no rank evaluates the whole."""
+        """What the denoiser returns of a branch, found by a run on fake tensors: no rank evaluates the whole."""
+        if self._structure is not None and self._structure[0] == call.kind:
+            return self._structure[1]
         fakes = FakeTensorMode(allow_non_fake_inputs=True)
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), fakes:
             output = call.evaluate(**map_tensors(fakes.from_tensor, part(call, 0, 2).inputs))
-        return Structure(output, call.is_listed)
+        self._structure = call.kind, Structure(output, call.is_listed)
+        return self._structure[1]
 
     def pipelined(
         self, branches: dict[Branch, Inputs], stage0_branch: Branch, time: float, *, hand_over: bool, extrapolate: bool
