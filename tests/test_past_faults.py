@@ -440,19 +440,24 @@ def share_later(pipe, step, timestep, tensors):
     return {}
 
 
-def test_branches_that_see_one_another_are_evaluated_together(caplog):
+LAYERS = {"whole": {"policy": "cfg"}, "PIPELINED": {"plan": "FFPF"}, "stages": {"policy": "cfg", "stages": 4}}
+
+
+@parametrize(fields=LAYERS)
+def test_branches_that_see_one_another_are_evaluated_together(fields, caplog):
     pipe = own("sd15")
     share_attention(pipe)
     expected = call(pipe)
-    assert gap(call(applied(pipe)), expected) < ROUNDING
+    assert gap(call(applied(pipe, fields)), expected) < ROUNDING
     assert "see one another" in caplog.text
 
 
-def test_branches_that_come_to_see_one_another_are_evaluated_together(caplog):
+@parametrize(fields=LAYERS)
+def test_branches_that_come_to_see_one_another_are_evaluated_together(fields, caplog):
     pipe = own("sd15")
     expected = call(pipe, callback_on_step_end=share_later)
     pipe.unet.set_attn_processor(AttnProcessor2_0())
-    assert gap(call(applied(pipe), callback_on_step_end=share_later), expected) < ROUNDING
+    assert gap(call(applied(pipe, fields), callback_on_step_end=share_later), expected) < ROUNDING
 
 
 # 11 and 12: the denoiser that the pipeline has now.
