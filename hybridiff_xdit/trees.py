@@ -30,17 +30,16 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
     return pytree.tree_map_only(torch.Tensor, function, value)
 
 
-def modules_of(module: nn.Module) -> Iterator[nn.Module]:
-    """A module and all in it, in the order of ``nn.Module.modules``; one that has two places twice.
+def modules_of(module: nn.Module) -> list[nn.Module]:
+    """A module and all in it, level by level; one that has two places twice.
 
-    PyTorch's takes the host some milliseconds for a large denoiser, between two steps.
+    ``nn.Module.modules`` takes the host some milliseconds for a large denoiser, between two steps.
     """
-    waiting: list[nn.Module | None] = [module]
-    while waiting:
-        part = waiting.pop()
-        if part is not None:
-            yield part
-            waiting += reversed(part._modules.values())
+    found = [module]
+    for part in found:  # which grows meanwhile
+        if children := part._modules:
+            found += [child for child in children.values() if child is not None]
+    return found
 
 
 def describe(value: Any, tensor: Callable[[torch.Tensor], Hashable], seen: tuple[int, ...] = ()) -> Hashable:

@@ -51,7 +51,7 @@ REPLAYS = 5
 #: What PEFT's layers keep of their adapters, beside the weights.
 _ADAPTERS = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters")
 
-_CONSTANTS = frozenset((bool, int, float, str))
+_CONSTANTS = frozenset((bool, int, float, str, type(None)))
 
 #: What every module holds: its tensors, modules and hooks are looked at by themselves.
 _MODULES_OWN = frozenset(vars(nn.Module())) | {"forward"}
@@ -331,12 +331,14 @@ def _state_of(denoiser: nn.Module) -> tuple[Hashable, list[nn.Module]]:
         # A pipeline that names its calls (`cache_context`) leaves a registry without hooks.
         if "_hf_hook" in own or ("_diffusers_hook" in own and own["_diffusers_hook"].hooks):
             raise _Uncapturable(f"{type(module).__name__} is offloaded, cached or cast by a hook")
-        hooks = own["_forward_hooks"], own["_forward_pre_hooks"]
-        for hook in (hook for kind in hooks if kind for hook in kind.values()):
-            if getattr(hook, "__module__", "").partition(".")[0] != "hybridiff_xdit":
-                raise _Uncapturable(f"{type(module).__name__} has a forward hook")
-        tensors = (*own["_parameters"].values(), *own["_buffers"].values())
-        state += [type(module), own["training"], own.get("forward"), *(t.data_ptr() for t in tensors if t is not None)]
+        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            for hook in (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()):
+                if getattr(hook, "__module__", "").partition(".")[0] != "hybridiff_xdit":
+                    raise _Uncapturable(f"{type(module).__name__} has a forward hook")
+        state += [type(module), own["training"], own.get("forward")]
+        for tensors in (own["_parameters"], own["_buffers"]):
+            if tensors:
+                state += [tensor.data_ptr() for tensor in tensors.values() if tensor is not None]
         for name, value in own.items():
             if name in _MODULES_OWN:
                 continue

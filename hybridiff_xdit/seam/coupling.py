@@ -25,7 +25,7 @@ class Coupling(Enum):
 def coupling_of(denoiser: nn.Module) -> Coupling:
     """What the attention processors of a denoiser tell."""
     found = Coupling.NONE
-    for processor in _processors(denoiser):
+    for _, processor in attention_of(denoiser):
         if "PAG" in type(processor).__name__:
             return Coupling.COUPLED
         if type(processor).__module__.partition(".")[0] not in _KNOWN:
@@ -62,7 +62,9 @@ def moving_weights(denoiser: nn.Module) -> list[str]:
         own: dict[str, Any] = vars(module)
         if "_diffusers_hook" in own:
             found |= own["_diffusers_hook"].hooks.keys()
-        if any(weight is not None and weight.is_meta for weight in own["_parameters"].values()):
+        if (weights := own["_parameters"]) and any(
+            weight is not None and weight.is_meta for weight in weights.values()
+        ):
             found.add("offloading")
     return sorted(found)
 
@@ -70,14 +72,14 @@ def moving_weights(denoiser: nn.Module) -> list[str]:
 def settings_of(denoiser: nn.Module) -> list[str]:
     """Adapters in use with their scales, attention processors with their constants, and such hooks, as text."""
     found = moving_weights(denoiser)
-    found += [
-        repr([vars(module).get(name) for name in ("scaling", "_active_adapter", "_disable_adapters")])
-        for module in modules_of(denoiser)
-        if "scaling" in vars(module)
-    ]
-    for processor in _processors(denoiser):
-        scales = {name: value for name, value in vars(processor).items() if isinstance(value, float | int | list | str)}
-        found.append(f"{type(processor).__name__} {scales}")
+    for module in modules_of(denoiser):
+        own = vars(module)
+        if "scaling" in own:
+            found.append(repr([own.get(name) for name in ("scaling", "_active_adapter", "_disable_adapters")]))
+        if (processor := own.get("processor") or own["_modules"].get("processor")) is not None:
+            constants = vars(processor).items()
+            scales = {name: value for name, value in constants if isinstance(value, float | int | list | str)}
+            found.append(f"{type(processor).__name__} {scales}")
     return found
 
 
@@ -90,7 +92,3 @@ def attention_of(denoiser: nn.Module) -> list[tuple[nn.Module, Any]]:
         if processor is not None:
             found.append((module, processor))
     return found
-
-
-def _processors(denoiser: nn.Module) -> list[Any]:
-    return [processor for _, processor in attention_of(denoiser)]
