@@ -38,28 +38,34 @@ class HybridConfig(FixedSettings, PaperSettings, AdaptiveSettings):
     """
 
     policy: str | None = option(
-        "which steps are not FULL: " + "; ".join(f"{name}: {policy.summary}" for name, policy in POLICIES.items())
-        + " (default: adaptive, or fixed with --hybrid_plan)",
+        "How the kinds of steps are chosen. "
+        + " ".join(f"{name}: {policy.summary}." for name, policy in POLICIES.items())
+        + " Default: adaptive, or fixed with --hybrid_plan.",
         choices=list(POLICIES),
-    )  # fmt: skip
+    )
     guidance: str | None = option(
-        "what stands for the guidance where it is not evaluated: "
-        + "; ".join(f"{name}: {rule.summary}" for name, rule in RULES.items())
-        + " (default: mixed with paper, else deferred)",
+        "What stands for predictions that are not evaluated. "
+        + " ".join(f"{name}: {rule.summary}." for name, rule in RULES.items())
+        + " Default: mixed with paper, else deferred.",
         choices=list(RULES),
     )
     stages: int = option(
-        "stages of a PIPELINED step, each on a process or a sequence group of its own; even (default: 2)",
+        "Number of stages into which a PIPELINED step splits the layers, even (default: 2). Each has a process or a "
+        "sequence group of its own. With more than two, FULL steps are split and approximate too.",
         default=2,
         type=int,
         metavar="N",
     )
     balance: str | None = option(
-        "what makes the stages alike: their time, measured on the first run, or FLOPs (default: time)",
+        "What is balanced between the stages: their time, measured on the first run, or their FLOPs (default: time).",
         choices=["time", "flops"],
     )
-    cuda_graphs: bool | None = option("launch a GPU's kernels by CUDA graphs (default: on)", is_switch=True)
-    report: str | os.PathLike[str] | None = option("write report.json and report.png there", metavar="DIR")
+    cuda_graphs: bool | None = option(
+        "Launch kernels by CUDA graphs where the model allows it (default: on).", is_switch=True
+    )
+    report: str | os.PathLike[str] | None = option(
+        "Folder for report.json and report.png, which show what the run did.", metavar="DIR"
+    )
 
     def __post_init__(self) -> None:
         policy = self.policy or ("adaptive" if self.plan is None else "fixed")

@@ -58,7 +58,7 @@ SETTLED = 1e-3
 class Deferred(Reuse):
     """See the module."""
 
-    summary = "estimates fitted to the run, their error paid back on the next FULL step"
+    summary = "estimates fitted to the run; the next FULL step corrects what they missed"
     extrapolates_boundary = True
     needs_sampler = True
     _memory = 4  # three for the curves, and one more for the fit of their bends

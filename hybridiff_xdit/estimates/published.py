@@ -14,7 +14,7 @@ class Mixed(Rule):
     effect on the step.
     """
 
-    summary = "the published code, in which w has no effect there"
+    summary = "as in the published code, where w has no effect on PIPELINED steps"
     stage0_branch: Branch = "uncond"
 
     def pipelined(self, step: int, pred: torch.Tensor) -> Streams:
@@ -24,5 +24,5 @@ class Mixed(Rule):
 class NoGuidance(Mixed):
     """All stages are cond; the cond prediction is used unguided."""
 
-    summary = "cond unguided"
+    summary = "the conditional prediction, without guidance"
     stage0_branch = "cond"

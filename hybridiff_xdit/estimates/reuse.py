@@ -33,7 +33,7 @@ class Known(NamedTuple):
 class Reuse(Rule):
     """All stages are cond; the guidance is the last one that a FULL step measured. SKIPPED: its cond too."""
 
-    summary = "the last measured guidance"
+    summary = "the guidance of the last FULL step"
     estimates = True
     _memory = 2
 

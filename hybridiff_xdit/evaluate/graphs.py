@@ -192,7 +192,7 @@ class Graphs:
     def refuse(self, reason: str) -> None:
         """Capture nothing from now on, and say why."""
         if self._is_on:
-            logger.warning("hybrid-cond: runs without CUDA graphs, since %s. See Speed in the README.", reason)
+            logger.warning("hybrid-cond: runs without CUDA graphs, since %s.", reason)
         self._is_on, self._fixed = False, None
         self.clear()
 

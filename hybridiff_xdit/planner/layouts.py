@@ -244,7 +244,7 @@ def _cells(prediction: Prediction, machine: Machine) -> tuple[str, ...]:
     if not layout.is_available:
         flags = "not in xDiT's order of ranks"
     elif layout.stages not in CHOSEN_STAGES:
-        flags += " (less close: README, Stages)"
+        flags += " (less close, see --hybrid_stages)"
     return (
         str(layout.gpus),
         f"{layout.data} x {layout.sequence} x 2 x {layout.stages // 2}",

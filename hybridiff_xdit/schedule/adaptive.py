@@ -77,18 +77,20 @@ class AdaptiveSettings(Settings):
     """What may be set of `AdaptivePolicy`."""
 
     tolerance: float | None = option(
-        f"guidance error allowed over the run, in units of the discrepancy (default: {TOLERANCE})",
+        f"Error allowed over the whole run, in units of the branches' discrepancy (default: {TOLERANCE}). A "
+        "smaller one is closer and saves less.",
         type=float,
         metavar="TAU",
     )
     speedup: float | None = option(
-        "in place of the tolerance: bound of the speed-up over one GPU to reach, such as 2.5; the error is spent where "
-        "it saves most",
+        "Target speed-up over one GPU, for example 2.5. It replaces the tolerance: the policy skips the steps whose "
+        "estimated error is smallest until the target is met.",
         type=float,
         metavar="S",
     )
     kinds: str | None = option(
-        "kinds of step that it may use, F: FULL, P: PIPELINED, S: SKIPPED (default: FS)", choices=["FPS", "FP", "FS"]
+        "Kinds of step that the policy may use. F: FULL, P: PIPELINED, S: SKIPPED (default: FS).",
+        choices=["FPS", "FP", "FS"],
     )
 
     @classmethod

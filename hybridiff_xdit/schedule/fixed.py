@@ -15,8 +15,8 @@ class FixedSettings(Settings):
     """What may be set of `FixedPolicy`."""
 
     plan: str | None = option(
-        "F, P or S a step, or START-END/GAP such as 8-48/2 (every 2nd step from 8 to 48 FULL, the rest PIPELINED) or "
-        "8-48/2S (the rest SKIPPED)",
+        "Kind of each step: one letter F, P or S a step, or START-END/GAP. For example, 8-48/2S makes every second "
+        "step from 8 to 48 FULL and the others there SKIPPED; 8-48/2 makes the others PIPELINED.",
         metavar="PLAN",
     )
 

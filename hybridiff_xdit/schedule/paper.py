@@ -45,13 +45,16 @@ class PaperSettings(Settings):
     """What may be set of `PaperPolicy`; what is not is the published preset, scaled to the run's length."""
 
     interval: int | None = option(
-        "k, PIPELINED steps in the published window (default here and below: the published, scaled)",
+        "k: number of PIPELINED steps in the window. By default this and the next three are the published constants, "
+        "scaled to the run's length.",
         type=int,
         metavar="K",
     )
-    slope_window: int | None = option("L, steps over which the discrepancy's fall is measured", type=int, metavar="L")
-    slope_threshold: float | None = option("g, fall per step at which the window starts", type=float, metavar="G")
-    tau_cap: int | None = option("the latest step at which the window starts", type=int, metavar="STEP")
+    slope_window: int | None = option(
+        "L: number of steps over which the fall of the discrepancy is measured.", type=int, metavar="L"
+    )
+    slope_threshold: float | None = option("g: fall per step at which the window starts.", type=float, metavar="G")
+    tau_cap: int | None = option("Latest step at which the window starts.", type=int, metavar="STEP")
 
     @classmethod
     def check(cls, given: Any, refuse: Refuse) -> dict[str, Any]:

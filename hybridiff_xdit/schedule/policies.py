@@ -59,14 +59,16 @@ def _adaptive(config: Any, facts: Facts) -> Policy:
 
 POLICIES = {
     "adaptive": Registered(
-        "FULL steps as far apart as --hybrid_tolerance on the predicted guidance error allows",
+        "skip as many steps as the tolerance or the target asks for, where the run measures that it costs least",
         AdaptiveSettings,
         _adaptive,
         needs_estimates=True,
     ),
-    "cfg": Registered("every step FULL", Settings, lambda config, facts: FixedPolicy([FULL] * facts.num_steps)),
+    "cfg": Registered(
+        "every step FULL, which is exact", Settings, lambda config, facts: FixedPolicy([FULL] * facts.num_steps)
+    ),
     "paper": Registered(
-        "one PIPELINED window of k steps, as published",
+        "one window of PIPELINED steps, as published",
         PaperSettings,
         lambda config, facts: PaperPolicy(facts.num_steps, config.constants(facts.family, facts.num_steps)),
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -61,13 +61,18 @@ def _flag(field: dataclasses.Field[Any]) -> dict[str, Any]:
     if flag.pop("is_switch", False):
         flag |= {"type": _switch, "metavar": "{on,off}"}
     policy = next((name for name, known in POLICIES.items() if field.name in _names(known.settings)), None)
-    return {**flag, "help": f"for {policy!r}: {flag['help']}" if policy else flag["help"]}
+    return {**flag, "help": f"{flag['help']} (Policy {policy}.)" if policy else flag["help"]}
 
 
-def table() -> str:
-    """The README's table of options: Markdown, a row a field of `HybridConfig`."""
-    rows = [f"| `--hybrid_{field.name}` | {_flag(field)['help']} |" for field in dataclasses.fields(HybridConfig)]
-    return "\n".join(["| flag, and field of `HybridConfig` | meaning |", "| --- | --- |", *rows])
+#: The options that most people use: those of the README.
+MAIN_OPTIONS = ("policy", "tolerance", "speedup", "plan", "cuda_graphs", "report")
+
+
+def table(names: Iterable[str]) -> str:
+    """A table of options in Markdown: a row for each of these fields of `HybridConfig`."""
+    fields = {field.name: field for field in dataclasses.fields(HybridConfig)}
+    rows = [f"| `--hybrid_{name}` | {_flag(fields[name])['help']} |" for name in names]
+    return "\n".join(["| option | meaning |", "| --- | --- |", *rows])
 
 
 def _names(settings: Any) -> list[str]:
