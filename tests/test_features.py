@@ -189,9 +189,14 @@ def check(outcomes, plan, tolerance=1e-5):
 
 
 def both_plans(argument, cases):
-    """Each case with its plan, with SKIPPED steps and the rule that pays back, and all FULL."""
-    kinds = ("FULL", "PIPELINED", "deferred")
-    plans = [pytest.param(case, kind, id=f"{case}, {kind}") for case in cases for kind in kinds]
+    """Each case all FULL, and with PIPELINED and SKIPPED steps; the first of a pipeline also by the rule ``reuse``.
+
+    Args:
+        cases: whose values begin with the pipeline's name.
+    """
+    first = {values[0]: case for case, values in reversed(cases.items())}.values()
+    kinds = [(case, kind) for case in cases for kind in ("FULL", "deferred", *["PIPELINED"][: case in first])]
+    plans = [pytest.param(case, kind, id=f"{case}, {kind}") for case, kind in kinds]
     return pytest.mark.parametrize((argument, "kind"), plans)
 
 

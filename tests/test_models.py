@@ -53,17 +53,17 @@ def test_all_full_is_the_two_branches_one_by_one(pair, name):
 
 
 @pytest.mark.parametrize(
-    ("fields", "estimated"),
+    ("name", "fields", "estimated"),
     [
-        ({"policy": "paper"}, 1),
-        ({"plan": "2-9/3", "guidance": "reuse"}, 5),
-        ({"plan": "2-9/3"}, 5),
-        ({"plan": "2-9/3S"}, 5),
-        ({"speedup": 2.5, "kinds": "FS"}, 2),
+        ("emoji-sd3", {"policy": "paper"}, 1),
+        ("emoji-sdxl", {"plan": "2-9/3", "guidance": "reuse"}, 5),
+        ("emoji-sd3", {"plan": "2-9/3"}, 5),
+        ("emoji-sdxl", {"plan": "2-9/3S"}, 5),
+        ("emoji-sd3", {"speedup": 2.5}, 2),
+        ("emoji-sdxl", {"speedup": 2.5}, 2),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", CUTS)
 def test_steps_that_are_not_full_are_the_oracle(pair, name, fields, estimated):
     (first, report, latents), (second, *_) = pair.run(both, name, fields)
     assert STEPS - report["plan"].count("F") == estimated

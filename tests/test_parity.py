@@ -33,6 +33,20 @@ ADAPTIVE = [
     {"tolerance": 1.0, "kinds": "FS", "guidance": "reuse"},
 ]
 
+RULES = ["mixed", "none", "reuse", "deferred"]
+
+
+def covering(plans, rules):
+    """Every plan with every rule, and every pipeline with every rule and with every plan or nearly: in turn."""
+    names = list(tiny.PIPELINES)
+    cases = [
+        pytest.param(names[(i + j) % len(names)], plan, rule, id=f"{names[(i + j) % len(names)]}-{plan}-{rule}")
+        for i, plan in enumerate(plans)
+        for j, rule in enumerate(rules)
+    ]
+    return pytest.mark.parametrize(("name", "plan", "rule"), cases)
+
+
 #: Largest difference allowed, relative to the largest latent.
 TOLERANCE = {"cpu": 1e-5, "cuda": 1e-4}
 
@@ -71,9 +85,7 @@ def test_all_full_is_the_two_branches_one_by_one(pair, name):
     assert torch.equal(second, one_by_one)
 
 
-@pytest.mark.parametrize("rule", ["mixed", "none", "reuse", "deferred"])
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("name", tiny.PIPELINES)
+@covering(PLANS, RULES)
 def test_a_fixed_plan_is_the_oracle(pair, name, plan, rule):
     (first, report, latents), (second, *_) = pair.run(both, name, {"plan": plan, "guidance": rule}, PLANS[plan], rule)
     assert report["plan"] == PLANS[plan]
@@ -81,9 +93,7 @@ def test_a_fixed_plan_is_the_oracle(pair, name, plan, rule):
     assert error(first, latents) < TOLERANCE[pair.device]
 
 
-@pytest.mark.parametrize("rule", ["reuse", "deferred"])
-@pytest.mark.parametrize("plan", SKIPPING)
-@pytest.mark.parametrize("name", tiny.PIPELINES)
+@covering(SKIPPING, ["reuse", "deferred"])
 def test_a_plan_with_skipped_steps_is_the_oracle(pair, name, plan, rule):
     fields = {"plan": plan, "guidance": rule}
     (first, report, latents), (second, *_) = pair.run(both, name, fields, SKIPPING[plan], rule)
@@ -101,8 +111,11 @@ def adaptive(name, fields):
     return *found, simulated, expected(name, found[1]["plan"], found[1]["config"]["guidance"])[0]
 
 
-@pytest.mark.parametrize("fields", ADAPTIVE, ids=str)
-@pytest.mark.parametrize("name", tiny.PIPELINES)
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [(name, fields) for i, fields in enumerate(ADAPTIVE) for name in ("sd3", ("sdxl", "sd15")[i % 2])],
+    ids=str,
+)
 def test_the_plan_that_adaptive_chose_is_the_oracle(pair, name, fields):
     (first, report, (alone, report_alone), latents), (second, second_report, *_) = pair.run(adaptive, name, fields)
     kinds = fields.get("kinds", "FPS")
@@ -118,8 +131,10 @@ def test_the_plan_that_adaptive_chose_is_the_oracle(pair, name, fields):
 
 
 # One constant makes the detector fire, the other leaves the cap.
-@pytest.mark.parametrize(("threshold", "fires"), [(1.0, True), (1e-9, False)], ids=["fires", "cap"])
-@pytest.mark.parametrize("name", tiny.PIPELINES)
+@pytest.mark.parametrize(
+    ("name", "threshold", "fires"),
+    [("sd3", 1.0, True), ("sd3", 1e-9, False), ("sdxl", 1.0, True), ("sd15", 1e-9, False)],
+)
 def test_paper_and_mixed_is_the_oracle(pair, name, threshold, fires):
     fields = dict(policy="paper", interval=3, slope_window=1, slope_threshold=threshold, tau_cap=6)
     (_, discrepancy), _ = pair.run(expected, name, "F" * 10)
