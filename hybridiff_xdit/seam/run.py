@@ -337,7 +337,7 @@ class Run:
             self._executor = self._prepare(call, count)
             owners = deal([1.0] * count, streams.ranks) if count > 1 else None
         if self._executor is not None and self._executor.stages > 2:
-            found = self._staged(call, [self._executor.structure(call)] * count)
+            found = self._staged(call, [self._executor.anatomy.structure(call)] * count)
         else:
             owners, found = self._learn_apart(call, count, owners)
         if coupling is Coupling.UNKNOWN and owners is not None:

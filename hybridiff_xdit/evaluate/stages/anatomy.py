@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...trees import map_tensors, tensors_of
+from ..calls import Call, Structure, part
 from .cuts import Partition, Region, Shape, best_nest, segments_of
 
 Boundary = tuple[torch.Tensor, ...]
@@ -80,6 +81,7 @@ class _Found(NamedTuple):
     partitions: dict[Any, Partition]
     counts: dict[Any, tuple[list[int], tuple[tuple[Shape, ...], ...], Shape]]
     seconds: dict[Any, tuple[float, ...] | None]
+    structures: dict[Any, Structure]
 
 
 #: It outlives apply and remove.
@@ -106,7 +108,7 @@ class Anatomy(ABC):
         self.denoiser = denoiser
         self.units = tuple(self._units())
         self.shards = 1  # of the image tokens; a unit then works on one (`tokens`)
-        self._found = _FOUND.setdefault(denoiser, _Found({}, {}, {}))
+        self._found = _FOUND.setdefault(denoiser, _Found({}, {}, {}, {}))
 
     @staticmethod
     @abstractmethod
@@ -195,6 +197,18 @@ class Anatomy(ABC):
         if kind not in self._found.seconds:
             self._found.seconds[kind] = clock(partial(self.walk, inputs))
         return self._found.seconds[kind]
+
+    def structure(self, call: Call) -> Structure:
+        """What the denoiser returns of one branch of a batch of both.
+
+        Found by a run on fake tensors, so that no rank evaluates the whole, and cached by the call's kind.
+        """
+        if call.kind not in self._found.structures:
+            fakes = FakeTensorMode(allow_non_fake_inputs=True)
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"), fakes:
+                output = call.evaluate(**map_tensors(fakes.from_tensor, part(call, 0, 2).inputs))
+            self._found.structures[call.kind] = Structure(output, call.is_listed)
+        return self._found.structures[call.kind]
 
     def _kind(self, inputs: Inputs) -> Any:
         return self.shards, tuple((t.shape, t.dtype) for t in tensors_of(inputs))

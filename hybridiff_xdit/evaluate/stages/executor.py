@@ -10,12 +10,11 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...ranks.comm import Comm, Gathering, Transfer
 from ...schedule.plan import SYNCHRONOUS_STEPS
-from ...trees import map_tensors, tensors_of
-from ..calls import Call, Structure, is_compiled, part
+from ...trees import tensors_of
+from ..calls import Call, is_compiled
 from ..graphs import Graphs, can_capture, seconds_between
 from .anatomy import Activation, Anatomy, Boundary, Inputs
 from .cuts import Partition, Segment
@@ -130,7 +129,6 @@ class Executor:
         self._headers: Gathering | None = None  # of the last FULL step: they are not waited for there
         self._outgoing: list[Transfer] = []
         self._capture: Any = None
-        self._structure: tuple[Any, Structure] | None = None  # of calls of one kind, whatever the run
         self.now = 0.0  # time of the FULL step that is evaluated
 
     def begin(self, inputs: Inputs, is_timed: bool = False) -> None:
@@ -212,16 +210,6 @@ class Executor:
         exchange = Exchange(pred_u, pred_c, self.heard())
         self._headers = self.comm.gather(header)
         return exchange
-
-    def structure(self, call: Call) -> Structure:
-        """What the denoiser returns of a branch, found by a run on fake tensors: no rank evaluates the whole."""
-        if self._structure is not None and self._structure[0] == call.kind:
-            return self._structure[1]
-        fakes = FakeTensorMode(allow_non_fake_inputs=True)
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), fakes:
-            output = call.evaluate(**map_tensors(fakes.from_tensor, part(call, 0, 2).inputs))
-        self._structure = call.kind, Structure(output, call.is_listed)
-        return self._structure[1]
 
     def pipelined(
         self, branches: dict[Branch, Inputs], stage0_branch: Branch, time: float, *, hand_over: bool, extrapolate: bool
