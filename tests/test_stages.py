@@ -26,7 +26,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 #: P after a FULL step that waits, after one that does not, after P and after S; FULL after P and after S; windows of
 #: one to four.
 PLANS = ["FFFFFPPPFFPF", "FPFPPPPFPFFPPF", "FFFSPFFPPSFFPF", "FSFPPSSFFPPFFSFP", "FFFFFFFFFF", "FFFFSFPPSPFF"]
-NAMES = ["sd3", "sdxl", "sd15"]
 AGREEMENT, HEADER = 24 * 8, 16  # bytes
 TOLERANCE = 1e-5  # of the largest latent
 

@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 
 from ..schedule.discrepancy import Trial
+from ..schedule.sampler import Sampler
 from .base import Rule, Streams
+from .weights import Guidance
 
 
 class Known(NamedTuple):
@@ -37,9 +39,13 @@ class Reuse(Rule):
     estimates = True
     _memory = 2
 
+    def __init__(self, sampler: Sampler | None = None, guidance: Guidance | None = None) -> None:
+        super().__init__(sampler, guidance)
+        self._known: list[Known] = []  # of the last FULL steps
+
     def full(self, step: int, streams: Sequence[torch.Tensor]) -> Streams:
         self._dtype = streams[0].dtype
-        self._known = [*self._earlier, self._measured(step, streams)][-self._memory :]
+        self._known = [*self._known, self._measured(step, streams)][-self._memory :]
         return list(streams)
 
     def pipelined(self, step: int, pred: torch.Tensor) -> Streams:
@@ -53,8 +59,8 @@ class Reuse(Rule):
         largest, most = self.guidance.largest, self.guidance.most
         scale = (now.cond - now.deltas[0] if now.deltas else now.cond).abs().mean()
         found = []
-        for back in range(min(2, len(self._earlier))):
-            known = self._earlier[: len(self._earlier) - back]
+        for back in range(min(2, len(self._known))):
+            known = self._known[: len(self._known) - back]
             skipped = self._estimate(known, step)
             missed = (now.cond - skipped.cond) / most
             for weight, true, estimate in zip(largest, now.deltas, skipped.deltas, strict=True):
@@ -66,10 +72,6 @@ class Reuse(Rule):
             errors = [error.abs().mean() / scale for error in (evaluated, missed)]
             found.append(Trial(step - known[-1].step, *errors))
         return found
-
-    @property
-    def _earlier(self) -> list[Known]:
-        return getattr(self, "_known", [])
 
     def _measured(self, step: int, streams: Sequence[torch.Tensor]) -> Known:
         at = self.guidance.cond

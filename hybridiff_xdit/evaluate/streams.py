@@ -136,7 +136,7 @@ class Streams:
                 count = shape.numel() * dtype.itemsize
                 piece = gathered[rank][offsets[rank] : offsets[rank] + count]
                 tensors.append(piece.view(dtype).view(shape))
-                offsets[rank] += -(-count // _ALIGNMENT) * _ALIGNMENT
+                offsets[rank] += _aligned(count)
             # Also this rank's own: what it goes on with has then been on the same way as the others'.
             whole[i][j] = structures[i][j].fill(tensors)
         return whole, self._everywhere(torch.stack([sent[:_ALIGNMENT].view(torch.int64) for sent in gathered]))
@@ -155,16 +155,22 @@ class Streams:
         for i, one in enumerate(asked):
             for j, rank in enumerate(one.owners or ()):
                 for shape, dtype in structures[i][j].shapes:
-                    sizes[rank] += -(-shape.numel() * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+                    sizes[rank] += _aligned(shape.numel() * dtype.itemsize)
         return max(sizes)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     flat = tensor.contiguous().view(-1).view(torch.uint8)
-    missing = -flat.numel() % _ALIGNMENT
-    return torch.cat([flat, flat.new_zeros(missing)]) if missing else flat
+    return _padded([flat], _aligned(flat.numel()))
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _padded(pieces: list[torch.Tensor], size: int) -> torch.Tensor:
+    """The pieces as one, of this size."""
     missing = size - sum(piece.numel() for piece in pieces)
+    if len(pieces) == 1 and not missing:
+        return pieces[0]
     return torch.cat([*pieces, pieces[0].new_zeros(missing)] if missing else pieces)

@@ -10,8 +10,9 @@ cannot be told from the objects themselves is compared there, and read with the 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -154,9 +155,14 @@ class Pattern:
         self.has_exchanged = False  # whether the ranks have exchanged such a step
 
     @property
+    def structures_by_call(self) -> list[list[Structure]]:
+        """Of the streams, by call and part."""
+        return [slot.structures for slot in self.slots]
+
+    @property
     def structures(self) -> list[Structure]:
         """Of all streams."""
-        return [structure for slot in self.slots for structure in slot.structures]
+        return list(chain(*self.structures_by_call))
 
     @property
     def count(self) -> int:
@@ -165,7 +171,10 @@ class Pattern:
 
     def foretell(self, first: Call) -> list[Asked]:
         """The calls of a step, from the first of them."""
-        calls = [slot.template.foretell(first) if slot.template else first for slot in self.slots]
+        return self.ask([slot.template.foretell(first) if slot.template else first for slot in self.slots])
+
+    def ask(self, calls: Sequence[Call]) -> list[Asked]:
+        """The calls of a step, each as it is dealt out."""
         return [Asked(call, slot.count, slot.owners) for call, slot in zip(calls, self.slots, strict=True)]
 
     def bare(self) -> Pattern:

@@ -258,7 +258,6 @@ class Run:
         if executor is not None and executor.stages > 2:
             outputs = self._staged(call, pattern.structures)
         else:
-            structures = [slot.structures for slot in pattern.slots]
             if executor is not None:
                 executor.now = self.time(self.step)
             evaluated = streams.evaluate(self._foretold, executor)
@@ -269,7 +268,7 @@ class Run:
                 if not pattern.has_exchanged and streams.comm.size > 1:
                     # Ranks that could not know the size of this exchange have to be told from those that do.
                     self.signals.check(streams.announce(header), self.step)
-                given, headers = streams.exchange(evaluated, self._foretold, structures, header)
+                given, headers = streams.exchange(evaluated, self._foretold, pattern.structures_by_call, header)
             pattern.has_exchanged = True
             self.now.has_exchanged = True
             self.signals.send(self.step, headers)
@@ -401,13 +400,13 @@ class Run:
         self._promises.append(promise)
         if index + 1 < len(expected.slots):
             return output
-        asked = [Asked(call, 1, slot.owners) for call, slot in zip(self.now.calls, expected.slots, strict=True)]
+        asked = expected.ask(self.now.calls)
         mine = [
             [None] if promise else outputs for outputs, promise in zip(self.now.outputs, self._promises, strict=True)
         ]
         with self.signals.together():
-            structures = [slot.structures for slot in expected.slots]
-            self.now.outputs, headers = streams.exchange(mine, asked, structures, self.signals.header(call, RUNNING))
+            header = self.signals.header(call, RUNNING)
+            self.now.outputs, headers = streams.exchange(mine, asked, expected.structures_by_call, header)
         self._promised = None
         self.signals.send(self.step, headers)
         for promise, outputs in zip(self._promises, self.now.outputs, strict=True):
@@ -569,10 +568,9 @@ class Run:
         if streams.comm.size == 1 or self._device is None:
             return True
         step = self.step + bool(self.now.calls)
-        if self._promised is not None:
-            asked = [Asked(self.now.calls[0], 1, slot.owners) for slot in self._promised.slots]
-            structures = [slot.structures for slot in self._promised.slots]
-            headers = streams.leave(asked, structures, torch.tensor([0, LEFT], device=self._device))
+        if (promised := self._promised) is not None:
+            asked = promised.ask([self.now.calls[0]] * len(promised.slots))
+            headers = streams.leave(asked, promised.structures_by_call, torch.tensor([0, LEFT], device=self._device))
             return set(headers[:, 1].tolist()) == {LEFT}
         if self._executor is not None and self._executor.stages > 2:
             return self._leave_stages(step - (self.now.calls != [] and not self.now.has_exchanged))
@@ -589,7 +587,7 @@ class Run:
         elif pattern is None or not pattern.has_exchanged:
             statuses = streams.announce(header)
         else:
-            statuses = streams.leave(self._foretold, [slot.structures for slot in pattern.slots], header)
+            statuses = streams.leave(self._foretold, pattern.structures_by_call, header)
         return set(statuses[:, 1].tolist()) == {LEFT}
 
     def _leave_stages(self, step: int) -> bool:
