@@ -20,7 +20,21 @@ Folders, from bottom to top, which is the order to read them in (within one, the
 * `xdit`: the strategy in xDiT.
 """
 
-from .config import HybridConfig
-from .seam.hooks import apply_hybrid, hybrid, last_report, remove_hybrid
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import HybridConfig
+    from .seam.hooks import apply_hybrid, hybrid, last_report, remove_hybrid
 
 __all__ = ["HybridConfig", "apply_hybrid", "hybrid", "last_report", "remove_hybrid"]
+__version__ = "0.1.0"
+
+_MODULES = {"HybridConfig": ".config", **dict.fromkeys(__all__[1:], ".seam.hooks")}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for: a process that only reads flags then needs no diffusers."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name], __name__), name)
