@@ -100,14 +100,15 @@ def test_only_xdit_imports_xfuser():
 
 
 def test_nothing_prints():
-    assert {source for source in SOURCES if "print" in called(source)} == {"xdit/cli.py"}
+    # But for the commands.
+    assert {source for source in SOURCES if "print" in called(source)} == {"xdit/cli.py", "xdit/output.py"}
 
 
 def test_no_cuda_event_and_no_synchronize():
-    # But for two: measurements are waited for by themselves, which leaves the GPU the steps that are queued behind; and
-    # units are timed before the first run.
+    # But for three: measurements are waited for by themselves, which leaves the GPU the steps that are queued behind;
+    # units are timed before the first run; and a command tells the seconds of a denoising, before and after it.
     waiting = {source for source in SOURCES if called(source) & {"synchronize", "Event"}}
-    assert waiting == {"engine.py", "evaluate/graphs.py"}
+    assert waiting == {"engine.py", "evaluate/graphs.py", "xdit/output.py"}
 
 
 WITHOUT_EXTRAS = """

@@ -25,7 +25,7 @@ def model(tmp_path_factory):
 def launched(monkeypatch):
     """The torchrun command instead of its run."""
     commands = []
-    monkeypatch.setattr(cli, "_run", lambda command: commands.append(command) or 0)
+    monkeypatch.setattr(cli, "_run", lambda command, is_verbose: commands.append(command) or 0)
     return commands
 
 
@@ -391,8 +391,10 @@ def test_launch_refuses_other_pipelines_and_puts_xdits_back():
     assert names() == before
 
 
-def test_the_command_ends_with_the_status_of_torchrun():
-    launcher = "import sys; from hybridiff_xdit.xdit import cli; cli._run([sys.executable, '-c', 'exit(7)'])"
+def test_the_command_ends_with_the_status_of_torchrun(tmp_path):
+    script = tmp_path / "seven.py"
+    script.write_text("exit(7)")
+    launcher = f"import sys; from hybridiff_xdit.xdit import cli; sys.exit(cli._run(['--nproc_per_node=2', '{script}'], False))"
     assert subprocess.run([sys.executable, "-c", launcher]).returncode == 7
 
 
