@@ -15,7 +15,10 @@ SOURCES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for
 
 #: Files and folders of the package, from bottom to top: what stands in one may import what stands in those before it.
 #: `planner` stands before `seam` because the known checkpoints are made of its configurations of denoisers.
-ROOMS = ("trees", "ranks", "schedule", "estimates", "evaluate", "config", "engine", "report", "planner", "seam", "xdit")
+ROOMS = (
+    *("trees", "ranks", "schedule", "estimates", "evaluate", "config", "report", "engine", "measures"),
+    *("planner", "seam", "xdit"),
+)
 
 #: The doors import from the top: the package's own names, and one line that calls xdit/.
 DOORS = ("__init__", "launch")

@@ -394,8 +394,8 @@ def test_launch_refuses_other_pipelines_and_puts_xdits_back():
 def test_the_command_ends_with_the_status_of_torchrun(tmp_path):
     script = tmp_path / "seven.py"
     script.write_text("exit(7)")
-    launcher = f"import sys; from hybridiff_xdit.xdit import cli; sys.exit(cli._run(['--nproc_per_node=2', '{script}'], False))"
-    assert subprocess.run([sys.executable, "-c", launcher]).returncode == 7
+    launcher = "import sys; from hybridiff_xdit.xdit import cli; sys.exit(cli._run(sys.argv[1:], False))"
+    assert subprocess.run([sys.executable, "-c", launcher, "--nproc_per_node=2", script]).returncode == 7
 
 
 def test_checkpoints(model, tmp_path, monkeypatch):

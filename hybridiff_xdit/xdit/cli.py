@@ -17,7 +17,7 @@ from .. import planner
 from ..config import HybridConfig
 from ..schedule.plan import StepKind
 from ..seam.checkpoints import resolve
-from . import options, processes
+from . import compare, options, processes
 from .compat import count_gpus
 from .output import quieten
 
@@ -27,6 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["plan"]:
         return plan(argv[1:])
+    if argv[:1] == ["compare"]:
+        return _compare(argv[1:])
     gpus = count_gpus()
     try:
         if {"-h", "--help"} & {*argv}:
@@ -45,6 +47,14 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         _refuse("xdit-hybrid", error)
     return _run(processes.start("hybridiff_xdit.xdit.runner", args, argv), args.verbose)
+
+
+def _compare(argv: list[str]) -> int:
+    try:
+        args = compare.read(argv, count_gpus())
+    except ValueError as error:
+        _refuse("xdit-hybrid compare", error)
+    return _run(processes.start("hybridiff_xdit.xdit.compare", args, argv), args.verbose)
 
 
 def plan(argv: list[str]) -> int:

@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     xFuserArgs.add_runner_args(parser)
     add_options(parser)
     add_launch_options(parser)
-    parser.add_argument(*_spellings("save_timings"), action="store_true", help="write timings.json beside the pictures")
+    parser.add_argument(*spellings("save_timings"), action="store_true", help="write timings.json beside the pictures")
     return parser
 
 
@@ -112,11 +112,11 @@ def read_launch_flags(argv: list[str]) -> argparse.Namespace:
     _add_degrees(parser)
     parser.add_argument("--model", required=True)
     parser.add_argument("--prompt", nargs="*")
-    parser.add_argument(*_spellings("attention_backend"))
+    parser.add_argument(*spellings("attention_backend"))
     for name in ("height", "width", "num_inference_steps", "batch_size"):
-        parser.add_argument(*_spellings(name), type=int)
+        parser.add_argument(*spellings(name), type=int)
     for name in (*_IDLE_FLAGS, "max_sequence_length"):
-        parser.add_argument(*_spellings(name), nargs="*")
+        parser.add_argument(*spellings(name), nargs="*")
     args, others = parser.parse_known_args(argv)
     known = {"--save_timings", *flags_of_xdit()}
     given = (arg.partition("=")[0].replace("-", "_").replace("__", "--", 1) for arg in others if arg.startswith("--"))
@@ -237,7 +237,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("hybridiff-xdit")
     group.add_argument("--parallel", choices=STRATEGIES, help="parallel strategy")
     for field in dataclasses.fields(HybridConfig):
-        group.add_argument(*_spellings(f"hybrid_{field.name}"), default=None, **_flag(field))
+        group.add_argument(*spellings(f"hybrid_{field.name}"), default=None, **_flag(field))
 
 
 def read_config(args: argparse.Namespace) -> HybridConfig | None:
@@ -342,12 +342,13 @@ def read_degrees(argv: list[str]) -> argparse.Namespace:
 def _add_degrees(parser: argparse.ArgumentParser) -> None:
     """Add those of xDiT's flags that matter to a strategy."""
     for name in (*_EXCLUDED_DEGREES, *COMBINED_DEGREES):
-        parser.add_argument(*_spellings(name), type=int, default=1)
+        parser.add_argument(*spellings(name), type=int, default=1)
     for name in _EXCLUDED_FLAGS:
         details: dict[str, Any] = {} if name == "cache_method" else {"action": "store_true"}
-        parser.add_argument(*_spellings(name), **details)
-    parser.add_argument(*_spellings("use_cfg_parallel"), action="store_true")
+        parser.add_argument(*spellings(name), **details)
+    parser.add_argument(*spellings("use_cfg_parallel"), action="store_true")
 
 
-def _spellings(name: str) -> list[str]:
+def spellings(name: str) -> list[str]:
+    """A flag in the underscore and the dash spelling."""
     return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))

@@ -37,13 +37,14 @@ def quieten(is_verbose: bool) -> None:
 
 @contextmanager
 def loading(is_verbose: bool) -> Iterator[None]:
-    """Meanwhile one bar counts the components of the pipeline that is loaded, and the bars within these are left out."""
+    """Meanwhile one bar counts the components of the pipeline that is loaded; those within a component are left out."""
     if is_verbose:
         yield
         return
-    from diffusers.utils import logging as ours
+    from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as theirs
 
+    ours: Any = diffusers_logging
     original, has_bars = ours.tqdm, theirs.is_progress_bar_enabled()
 
     def bar(*args: Any, desc: str = "", **kwargs: Any) -> Any:
@@ -83,9 +84,8 @@ class Denoising:
         close, start = bar.close, _now()
 
         def closed() -> None:
-            nonlocal start
-            if start is not None:
-                self.seconds, start = _now() - start, None
+            bar.close = close
+            self.seconds = _now() - start
             close()
 
         bar.close = closed

@@ -19,12 +19,12 @@ output.quieten("--verbose" in sys.argv)  # before xDiT is imported
 import_xfuser()
 
 from xfuser.core.distributed import get_runtime_state, get_world_group  # noqa: E402
+from xfuser.core.utils.runner_utils import is_last_process  # noqa: E402
 from xfuser.model_executor.models.runner_models.base_model import (  # noqa: E402
     MODEL_REGISTRY,
     DiffusionOutput,
     xFuserModel,
 )
-from xfuser.core.utils.runner_utils import is_last_process  # noqa: E402
 from xfuser.runner import xFuserModelRunner  # noqa: E402
 
 from ..seam.hooks import last_report  # noqa: E402
