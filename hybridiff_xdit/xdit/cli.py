@@ -8,6 +8,7 @@ many GPUs allow, and starts nothing. This process imports neither xDiT nor diffu
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from typing import NoReturn
 
@@ -149,7 +150,11 @@ def _bandwidth(text: str) -> float:
 
 
 def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    if not torch.cuda.is_available():
+        return ""
+    # Asked in another process: this one stays while the ranks run, and must not hold memory on their GPU.
+    question = [sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())"]
+    return subprocess.run(question, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _run(command: list[str], is_verbose: bool) -> int:
