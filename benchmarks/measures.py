@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from models.classifier import FEATURES, Classifier
 from torch import Tensor, nn
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-CLASSIFIER = Path(__file__).parent / "models" / "emoji-classifier"
-BEST_PSNR = 100.0  # dB: what a picture that is the same bit for bit counts as
+from hybridiff_xdit.measures import Measure, lpips, psnr, ssim
 
-Measure = Callable[[Tensor, Tensor], float]  # (pictures, reference), each [N, 3, H, W] in [0, 1]
+CLASSIFIER = Path(__file__).parent / "models" / "emoji-classifier"
 
 
 class Judge:
@@ -42,19 +40,12 @@ class Judge:
     def beside(self, pictures: Tensor, reference: Tensor) -> dict[str, float | list[float]]:
         """Measures against the one-GPU pictures."""
         values = psnr(pictures, reference)
-        similarity = structural_similarity_index_measure(pictures, reference, data_range=1.0)
         return {
             "psnr": [round(values.mean().item(), 2), round(values.quantile(0.05).item(), 2)],  # mean, 5th percentile
-            "ssim": round(float(similarity), 5),  # type: ignore[arg-type]
+            "ssim": round(ssim(pictures, reference), 5),
             "frechet": round(frechet(self._classifier(pictures), self._classifier(reference)), 5),
             **{name: round(measure(pictures, reference), 5) for name, measure in self._further.items()},
         }
-
-
-def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
-    """PSNR of each picture in dB, at most `BEST_PSNR`: [N]."""
-    values = peak_signal_noise_ratio(pictures, reference, data_range=1.0, reduction="none", dim=(1, 2, 3))
-    return values.clamp(max=BEST_PSNR)
 
 
 def frechet(features: Tensor, known: Tensor) -> float:
@@ -71,11 +62,8 @@ def _further_measures(captions: list[str], device: torch.device, clip: Path | No
     """Measures whose weights lie on this disk: nothing is downloaded."""
     checkpoints = Path(torch.hub.get_dir()) / "checkpoints"
     measures: dict[str, Measure] = {}
-    if find_spec("torchvision") and list(checkpoints.glob("alexnet-owt-*.pth")):
-        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
-        lpips = LearnedPerceptualImagePatchSimilarity("alex", normalize=True).to(device)
-        measures["lpips"] = lambda pictures, reference: float(lpips(pictures, reference))
+    if perceptual := lpips(device):
+        measures["lpips"] = perceptual
     if find_spec("torch_fidelity") and list(checkpoints.glob("weights-inception-2015-12-05-*.pth")):
         inception = FrechetInceptionDistance(normalize=True).to(device)
 

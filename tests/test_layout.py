@@ -1,6 +1,7 @@
 """What the package is made of: who imports whom, what it never does, and what is in the wheel."""
 
 import ast
+import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,10 @@ SOURCES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for
 
 #: Files and folders of the package, from bottom to top: what stands in one may import what stands in those before it.
 #: `planner` stands before `seam` because the known checkpoints are made of its configurations of denoisers.
-ROOMS = ("trees", "ranks", "schedule", "estimates", "evaluate", "config", "engine", "report", "planner", "seam", "xdit")
+ROOMS = (
+    *("trees", "ranks", "schedule", "estimates", "evaluate", "config", "report", "engine", "measures"),
+    *("planner", "seam", "xdit"),
+)
 
 #: The doors import from the top: the package's own names, and one line that calls xdit/.
 DOORS = ("__init__", "launch")
@@ -99,19 +103,42 @@ def test_only_xdit_imports_xfuser():
 
 
 def test_nothing_prints():
-    assert {source for source in SOURCES if "print" in called(source)} == {"xdit/cli.py"}
+    # But for the commands.
+    assert {source for source in SOURCES if "print" in called(source)} == {"xdit/cli.py", "xdit/output.py"}
 
 
 def test_no_cuda_event_and_no_synchronize():
-    # But for two: measurements are waited for by themselves, which leaves the GPU the steps that are queued behind; and
-    # units are timed before the first run.
+    # But for three: measurements are waited for by themselves, which leaves the GPU the steps that are queued behind;
+    # units are timed before the first run; and a command tells the seconds of a denoising, before and after it.
     waiting = {source for source in SOURCES if called(source) & {"synchronize", "Event"}}
-    assert waiting == {"engine.py", "evaluate/graphs.py"}
+    assert waiting == {"engine.py", "evaluate/graphs.py", "xdit/output.py"}
 
 
-def test_importing_the_package_does_not_import_xfuser():
-    code = "import sys, hybridiff_xdit; sys.exit('xfuser' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120).returncode == 0
+WITHOUT_EXTRAS = """
+import sys
+sys.modules |= dict.fromkeys(("xfuser", "yunchang", "triton", "matplotlib", "torchmetrics"))
+import tiny, hybridiff_xdit
+pipe = tiny.pipeline("sd3")
+hybridiff_xdit.apply_hybrid(pipe, hybridiff_xdit.HybridConfig(plan="FFSF"))
+tiny.call(pipe, "sd3", num_inference_steps=4)
+assert hybridiff_xdit.last_report(pipe)["plan"] == "FFSF"
+try:
+    hybridiff_xdit.apply_hybrid(pipe, hybridiff_xdit.HybridConfig(report="."))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_plain_diffusers_needs_none_of_the_extras():
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTRAS],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "pip install hybridiff_xdit[report]" in run.stdout
 
 
 def test_the_wheel_contains_only_the_package(tmp_path):
@@ -125,4 +152,4 @@ def test_the_wheel_contains_only_the_package(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     modules = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
-    assert modules == {f"hybridiff_xdit/{source}" for source in SOURCES}
+    assert modules == {f"hybridiff_xdit/{source}" for source in [*SOURCES, "py.typed"]}

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import pytest
 import ranks
@@ -169,20 +170,29 @@ def test_no_report_was_asked_for(pair, tmp_path, monkeypatch):
         assert report["config"]["report"] is None
 
 
-def progress(plan):
+def progress(config):
     pipe, text = tiny.pipeline("sd3"), io.StringIO()
     pipe.set_progress_bar_config(file=text, mininterval=0)
     try:
-        run("sd3", {"plan": plan})
+        run("sd3", config)
     finally:
         pipe.set_progress_bar_config(disable=True)
     return text.getvalue()
 
 
-def test_one_progress_bar_with_kind_and_discrepancy(pair):
-    first, second = pair.run(progress, "FFPPPSPFFF")
-    for words in ("FULL, M=0.", "PIPELINED, M=0.", "SKIPPED, M=0.", "10/10"):
-        assert words in first
+@pytest.mark.parametrize(
+    ("config", "plan"),
+    [
+        (dict(plan="FFPPPSPFFF"), "FFPPPSPFFF"),
+        (dict(policy="paper", slope_threshold=1e-9, tau_cap=4, interval=3), "FFFFPPPFFF"),
+        (dict(policy="cfg"), "F" * 10),
+    ],
+)
+def test_the_progress_bar_tells_the_kind_of_each_step(pair, config, plan):
+    first, second = pair.run(progress, config)
+    shown = dict(re.findall(r"(\d+)/10 \[[^\]]*, (\w+)\]", first))
+    names = {"F": "FULL", "P": "PIPELINED", "S": "SKIPPED"}
+    assert shown == {str(step): names[kind] for step, kind in enumerate(plan, 1)}
     assert second == ""
 
 

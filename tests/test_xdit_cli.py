@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ def model(tmp_path_factory):
 def launched(monkeypatch):
     """The torchrun command instead of its run."""
     commands = []
-    monkeypatch.setattr(cli, "_run", lambda command: commands.append(command) or 0)
+    monkeypatch.setattr(cli, "_run", lambda command, is_verbose: commands.append(command) or 0)
     return commands
 
 
@@ -399,9 +400,86 @@ def test_launch_refuses_other_pipelines_and_puts_xdits_back():
     assert names() == before
 
 
-def test_the_command_ends_with_the_status_of_torchrun():
-    launcher = "import sys; from hybridiff_xdit.xdit import cli; cli._run([sys.executable, '-c', 'exit(7)'])"
-    assert subprocess.run([sys.executable, "-c", launcher]).returncode == 7
+def test_the_command_ends_with_the_status_of_torchrun(tmp_path):
+    script = tmp_path / "seven.py"
+    script.write_text("exit(7)")
+    launcher = "import sys; from hybridiff_xdit.xdit import cli; sys.exit(cli._run(sys.argv[1:], False))"
+    assert subprocess.run([sys.executable, "-c", launcher, "--nproc_per_node=2", script]).returncode == 7
+
+
+FAILING = """
+import sys, time
+from hybridiff_xdit.xdit import processes
+
+def main():
+    if sys.argv[1] == "flag":
+        raise processes.UsageError("xdit-hybrid: error: mend it")
+    raise RuntimeError("out of luck")
+
+processes.rank(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "last"),
+    [
+        ("flag", 2, r"xdit-hybrid: error: mend it"),
+        ("fault", 1, r"xdit-hybrid: error on rank \d: RuntimeError: out of luck"),
+    ],
+)
+def test_what_ends_every_rank_is_told_once(tmp_path, how, status, last):
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    launcher = "import sys; from hybridiff_xdit.xdit import cli; sys.exit(cli._run(sys.argv[1:], False))"
+    command = [sys.executable, "-c", launcher, "--nproc_per_node=2", script, how]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == status
+    *before, line = result.stderr.splitlines()
+    assert re.fullmatch(last, line), result.stderr
+    assert sum("Traceback" in line for line in before) == (how == "fault")
+    assert not result.stdout
+
+
+def test_a_rank_that_is_killed_is_named(tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os\nif os.environ['RANK'] == '1':\n    os.kill(os.getpid(), 9)\nimport time; time.sleep(60)"
+    )
+    launcher = "import sys; from hybridiff_xdit.xdit import cli; sys.exit(cli._run(sys.argv[1:], False))"
+    command = [sys.executable, "-c", launcher, "--nproc_per_node=2", script]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 128 + 9
+    assert re.fullmatch(r"xdit-hybrid: error: rank 1 has ended: Signal 9 \(SIGKILL\).*\n", result.stderr)
+
+
+def test_the_command_imports_nothing_large():
+    code = "import sys; from hybridiff_xdit.xdit import cli; cli._run = lambda *_: print(*sys.modules); cli.main()"
+    flags = "--model emoji-sd3 --prompt cat --parallel hybrid-cond --hybrid_speedup 2.5 --nproc_per_node 2"
+    found = subprocess.run([sys.executable, "-c", code, *flags.split()], capture_output=True, text=True, check=True)
+    assert "hybridiff_xdit.xdit.processes" in found.stdout.split()
+    large = {"diffusers", "transformers", "xfuser", "matplotlib", "torchmetrics", "hybridiff_xdit.seam.hooks"}
+    assert not large & {*found.stdout.split()}
+
+
+def test_the_command_knows_every_flag_of_xdits():
+    runners = {flag for action in options.build_parser()._actions for flag in action.option_strings}
+    ours = {flag for flag in runners if flag.startswith(("--hybrid_", "--hybrid-"))}
+    for flag in sorted(runners - ours - {"-h", "--help"}):
+        # A value that any flag takes; one that takes none, or another kind, is not for the command to know.
+        argv = ["--model", "m", "--prompt", "cat", flag, "1"]
+        try:
+            options.read_launch_flags(argv)
+        except SystemExit:
+            assert flag == "--parallel", flag  # whose values are ours
+
+
+def test_the_command_reads_what_the_runner_reads():
+    flags = "--prompt cat dog --height 64 --use-cfg-parallel --data-parallel-degree=2 --ring_degree 2 --batch_size 1"
+    argv = ["--model", "m", *flags.split(), "--parallel", "hybrid-cond", "--hybrid-speedup=2.5", "--verbose"]
+    runner, command = vars(options.build_parser().parse_args(argv)), vars(options.read_launch_flags(argv))
+    given = {name: value for name, value in command.items() if value}
+    assert given == {name: runner[name] for name in given}
+    assert {"prompt", "height", "use_cfg_parallel", "data_parallel_degree", "hybrid_speedup", "verbose"} <= given.keys()
 
 
 def test_checkpoints(model, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """xDiT's pipelines, runner and example scripts under hybrid-cond, on two gloo ranks."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,9 @@ import xdit_tiny
 from diffusers import DiffusionPipeline
 from nursery import ENV, TESTS, free_port, run
 from PIL import Image
+
+#: As a user has it, who has said nothing about threads or warnings.
+AS_SHIPPED = {name: value for name, value in ENV.items() if name not in ("OMP_NUM_THREADS", "PYTHONWARNINGS")}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -124,13 +128,23 @@ def test_only_the_last_rank_hands_out_pictures(results):
     assert all(images is None for images, _ in results[0].values())
 
 
-def test_cli_makes_a_picture_and_a_report(models, tmp_path):
+def test_cli_makes_a_picture_and_a_report_and_says_little(models, tmp_path):
     command = [sys.executable, "-m", "hybridiff_xdit.xdit.cli", "--model", str(models / "sd3"), "--prompt", "a cat"]
     command += ["--parallel", "hybrid-cond", "--num_inference_steps", "10", "--hybrid-plan", "3-9/2"]
     command += ["--output_directory", str(tmp_path / "new"), "--hybrid_report", str(tmp_path / "report")]
-    result = subprocess.run(command, env=ENV, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    result = subprocess.run(command, env=AS_SHIPPED, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-4000:]
-    assert [path.name for path in (tmp_path / "new").glob("*.png")] == ["sd3_hybrid-cond_u1r1_tc_False_32x32_0.png"]
+    picture = tmp_path / "new" / "sd3_hybrid-cond_u1r1_tc_False_32x32_0.png"
+    assert list((tmp_path / "new").iterdir()) == [picture]  # and no timings.json
+    summary, where = result.stdout.splitlines()
+    assert re.fullmatch(
+        r"7 FULL, 3 PIPELINED of 10 steps; speed-up bound 2\.35 over one GPU; \d+\.\d\d s denoising", summary
+    )
+    assert where == str(picture)
+    bars = [line.partition(": ") for line in result.stderr.replace("\r", "\n").splitlines() if line.strip()]
+    assert list(dict.fromkeys(name for name, *_ in bars)) == ["loading", "denoising"]
+    kinds = dict(re.findall(r"(\d+)/10 \[[^]]*, (\w+)\]", result.stderr))
+    assert [kinds[str(step)][0] for step in range(1, 11)] == [*"FFFPFPFPFF"]
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["plan"] == "FFFPFPFPFF"
     assert report["model"] == str(models / "sd3")
@@ -140,7 +154,7 @@ def test_cli_deals_pictures_out(models, tmp_path):
     prompts = ["a cat", "two dogs", "red"]
     command = [sys.executable, "-m", "hybridiff_xdit.xdit.cli", "--model", str(models / "sdxl"), "--prompt", *prompts]
     command += ["--parallel", "hybrid-cond", "--hybrid_policy", "cfg", "--data_parallel_degree", "2"]
-    command += ["--use_parallel_vae", "--num_inference_steps", "6", "--guidance_scale", "5", "--seed", "42"]
+    command += ["--use_parallel_vae", "--num_inference_steps", "6", "--guidance_scale", "5", "--save-timings"]
     result = subprocess.run(command, env=ENV, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-4000:]
     size = {"height": 32, "width": 32, "num_inference_steps": 6, "guidance_scale": 5, "output_type": "np"}
@@ -148,6 +162,19 @@ def test_cli_deals_pictures_out(models, tmp_path):
     for i, picture in enumerate(expected):
         found = Image.open(tmp_path / f"sdxl_hybrid-cond_u1r1_tc_False_32x32_{i}.png")
         assert abs(np.asarray(found) - 255 * picture).max() < 1  # one 8-bit level
+    summary, where = result.stdout.splitlines()
+    assert summary.startswith("6 FULL of 6 steps; speed-up bound 2.00 over one GPU; ")
+    assert [tmp_path / name for name in where.split(", ")] == sorted(tmp_path.glob("*.png"))
+    assert len(json.loads((tmp_path / "timings.json").read_text())) == 1
+
+
+def test_a_wrong_flag_of_xdits_is_told_once(models, tmp_path):
+    command = [sys.executable, "-m", "hybridiff_xdit.xdit.cli", "--model", str(models / "sd3"), "--prompt", "a cat"]
+    command += ["--parallel", "hybrid-cond", "--seed", "first"]
+    result = subprocess.run(command, env=AS_SHIPPED, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert re.fullmatch(r"xdit-hybrid: error on rank \d: argument --seed: invalid int value: 'first'", line)
 
 
 def launch(script, model, *flags, cwd, **kwargs):

@@ -31,7 +31,6 @@ from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import nn
 
 from ..ranks.comm import Comm
@@ -354,6 +353,8 @@ def _state_of(denoiser: nn.Module) -> tuple[Hashable, list[nn.Module]]:
 
 def _switches() -> Hashable:
     """PyTorch's and diffusers' settings by which kernels are chosen."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
     cuda = torch.backends.cuda
     sdp = cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()
     precision = torch.get_float32_matmul_precision(), cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32

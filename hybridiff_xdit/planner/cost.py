@@ -43,13 +43,12 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 from ..evaluate.graphs import can_capture, seconds_between
-from ..evaluate.stages.anatomy import Anatomy, Inputs
-from ..evaluate.stages.cuts import Partition
-from ..evaluate.stages.families import read
 from ..trees import tensors_of
 from .denoisers import branch_inputs, build
 
 if TYPE_CHECKING:
+    from ..evaluate.stages.anatomy import Anatomy, Inputs
+    from ..evaluate.stages.cuts import Partition
     from ..seam.checkpoints import Checkpoint
 
 
@@ -210,6 +209,8 @@ class Cost:
             inputs: one branch's forward arguments, whose first is the latents, on the same device.
             dtype: that the denoiser will have.
         """
+        from ..evaluate.stages.families import read  # here and below, because it imports diffusers
+
         anatomy = read(denoiser)
         partition = anatomy.partition(inputs)
 
@@ -306,6 +307,8 @@ def calibrate(checkpoint: Checkpoint, height: int, width: int, device: torch.dev
 
     With random weights; on a GPU by CUDA graph in the checkpoint's dtype, on a CPU in float32.
     """
+    from ..evaluate.stages.families import read
+
     is_cuda = can_capture(device)
     dtype = checkpoint.dtype if is_cuda else torch.float32
     with device:

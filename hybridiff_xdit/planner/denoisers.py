@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
 Settings = dict[str, Any]
@@ -56,15 +55,15 @@ SD35_LARGE: Settings = {
     "qk_norm": "rms_norm",
 }
 
-_CLASSES: dict[str, Any] = {cls.__name__: cls for cls in (SD3Transformer2DModel, UNet2DConditionModel)}
-
 #: Text tokens that the pipelines hand a U-Net (CLIP's), and an MMDiT (CLIP's and 256 of T5's).
 _CLIP_TOKENS, _T5_TOKENS = 77, 256
 
 
 def build(settings: Settings) -> nn.Module:
     """A denoiser with random weights, on the current device; on ``torch.device("meta")`` with none."""
-    denoiser: nn.Module = _CLASSES[settings["_class_name"]].from_config(settings)
+    import diffusers  # here, because who only reads flags needs its settings but not the classes
+
+    denoiser: nn.Module = getattr(diffusers, settings["_class_name"]).from_config(settings)
     return denoiser.eval()
 
 

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from functools import cache, lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from threading import get_ident
 from typing import Any
@@ -301,8 +302,7 @@ class _Session:
 
     def _show(self, run: Run) -> None:
         if hasattr(self._bar, "set_postfix_str") and run.engine.kinds:
-            last = f", M={run.engine.discrepancy[-1][1]:.3f}" if run.engine.discrepancy else ""
-            self._bar.set_postfix_str(f"{run.engine.kinds[-1].name}{last}", refresh=False)
+            self._bar.set_postfix_str(run.engine.kinds[-1].name, refresh=False)  # the pipeline refreshes it
 
 
 #: Arguments of a scheduler's step that change nothing of how it weighs predictions.
@@ -416,6 +416,8 @@ def apply_hybrid(
         )
     denoiser_of(pipe)
     if config.report is not None:
+        if find_spec("matplotlib") is None:
+            raise ValueError("--hybrid_report draws with matplotlib: pip install hybridiff_xdit[report].")
         Path(config.report).mkdir(parents=True, exist_ok=True)
     if size == 1 and config.has_stages and not simulate:
         logger.warning(

@@ -1,55 +1,61 @@
 """``xdit-hybrid``: xDiT's ``xdit`` with ``--parallel`` and ``--hybrid_*``.
 
-Checks the flags, counts the processes, and starts torchrun on `hybridiff_xdit.xdit.runner`. ``xdit-hybrid plan`` prints
-what the cost model says of the layouts that so many GPUs allow, and starts nothing.
+Checks the flags, counts the processes, and starts torchrun on `hybridiff_xdit.xdit.runner`, or, for ``xdit-hybrid
+compare``, on `hybridiff_xdit.xdit.compare`. ``xdit-hybrid plan`` prints what the cost model says of the layouts that so
+many GPUs allow, and starts nothing. This process imports neither xDiT nor diffusers: each of the others must.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import socket
+import subprocess
 import sys
+from typing import NoReturn
 
 import torch
 
-from .. import HybridConfig, planner
+from .. import planner
+from ..config import HybridConfig
 from ..schedule.plan import StepKind
 from ..seam.checkpoints import resolve
-from . import options
+from . import compare, options, processes
 from .compat import count_gpus
+from .output import quieten
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check the flags and become torchrun, whose exit status is then this command's."""
+    """Check the flags and start the processes, whose exit status is then this command's."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["plan"]:
         return plan(argv[1:])
-    parser = options.build_parser()
-    args = parser.parse_args(argv)
+    if argv[:1] == ["compare"]:
+        return _compare(argv[1:])
     gpus = count_gpus()
     try:
+        if {"-h", "--help"} & {*argv}:
+            quieten(is_verbose=False)
+            options.build_parser().print_help()
+            return 0
+        args = options.read_launch_flags(argv)
         if options.leaves_layout_open(args, argv, gpus):
             chosen, why = options.choose_layout(args, gpus, _device_name())
             print(f"xdit-hybrid: {why}", file=sys.stderr)
             argv = [*argv, *chosen]  # for the processes, too: each reads the same flags
-            args = parser.parse_args(argv)
+            args = options.read_launch_flags(argv)
         options.prepare(args, gpus)
         if args.nnodes > 1 and args.master_port is None:
             raise ValueError("--nnodes > 1 needs --master_addr and --master_port, the same on every node.")
     except ValueError as error:
-        parser.exit(2, f"xdit-hybrid: error: {error}\n")
-    return _run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run"),
-            f"--nproc_per_node={args.nproc_per_node}",
-            f"--nnodes={args.nnodes}",
-            f"--node_rank={args.node_rank}",
-            f"--master_addr={args.master_addr}",
-            f"--master_port={args.master_port or _free_port()}",
-            *("-m", "hybridiff_xdit.xdit.runner", *argv),
-        ]
-    )
+        _refuse("xdit-hybrid", error)
+    return _run(processes.start("hybridiff_xdit.xdit.runner", args, argv), args.verbose)
+
+
+def _compare(argv: list[str]) -> int:
+    try:
+        args = compare.read(argv, count_gpus())
+    except ValueError as error:
+        _refuse("xdit-hybrid compare", error)
+    return _run(processes.start("hybridiff_xdit.xdit.compare", args, argv), args.verbose)
 
 
 def plan(argv: list[str]) -> int:
@@ -70,7 +76,7 @@ def plan(argv: list[str]) -> int:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             speed, source = planner.calibrate(checkpoint, height, width, device), f"measured on this {device.type}"
     except ValueError as error:
-        parser.exit(2, f"xdit-hybrid plan: error: {error}\n")
+        _refuse("xdit-hybrid plan", error)
     machine = planner.Machine(
         args.gpus_per_node,
         planner.NVLINK._replace(bandwidth=args.nvlink * 1e9),
@@ -144,20 +150,20 @@ def _bandwidth(text: str) -> float:
 
 
 def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    if not torch.cuda.is_available():
+        return ""
+    # Asked in another process: this one stays while the ranks run, and must not hold memory on their GPU.
+    question = [sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())"]
+    return subprocess.run(question, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def _run(command: list[str]) -> int:
-    # In place of this process: importing xfuser has opened a context on a GPU, which goes with it, and torchrun gets
-    # the terminal's signals itself.
-    sys.stdout.flush()
-    os.execv(command[0], command)
+def _run(command: list[str], is_verbose: bool) -> int:
+    return processes.run(command, is_verbose)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _refuse(command: str, error: ValueError) -> NoReturn:
+    sys.stderr.write(f"{command}: error: {error}\n")
+    sys.exit(processes.USAGE)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,12 @@ the parameters we pass, against xfuser 0.5, 0.6 and 0.7.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -46,6 +49,18 @@ def import_xfuser() -> ModuleType:
     _replace(envs, "get_torch_distributed_backend", lambda: "gloo")
     _let_sequences_split()
     return xfuser
+
+
+def flags_of_xdit() -> set[str]:
+    """Every flag that xDiT's parsers name, read from their source: importing them takes seconds.
+
+    Raises:
+        ValueError: xDiT is not installed.
+    """
+    spec = importlib.util.find_spec("xfuser")
+    if spec is None or spec.origin is None:
+        raise ValueError("--parallel needs xDiT: pip install hybridiff_xdit[xdit].")
+    return set(re.findall(r'"(--\w+)"', (Path(spec.origin).parent / "config" / "args.py").read_text()))
 
 
 def restore_xfuser() -> None:

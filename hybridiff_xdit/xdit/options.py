@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -17,6 +17,7 @@ from .. import planner
 from ..config import HybridConfig
 from ..schedule.policies import POLICIES
 from ..seam.checkpoints import resolve
+from .compat import flags_of_xdit, import_xfuser
 
 STRATEGIES = ("cfg", "sequence", "pipefusion", "hybrid-cond")
 
@@ -80,29 +81,65 @@ def _names(settings: Any) -> list[str]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Parser of ``xdit-hybrid`` and of the runner: xDiT's flags, ours and the launcher's."""
-    from .compat import import_xfuser
-
+    """Parser of the runner: xDiT's flags, ours and the launcher's. What is wrong, it raises as a ValueError."""
+    flags_of_xdit()
     import_xfuser()
     from xfuser import xFuserArgs
     from xfuser.config import FlexibleArgumentParser
 
-    parser = FlexibleArgumentParser(
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ValueError(message)  # which is told once for all ranks
+
+    parser = Parser(
         prog="xdit-hybrid",
         usage="%(prog)s --model MODEL --prompt PROMPT [--parallel STRATEGY] [--hybrid_...] [flags of xdit]\n"
-        "       %(prog)s plan --model MODEL [--gpus N] [--size PIXELS] ...   (see %(prog)s plan --help)",
+        "       %(prog)s plan --model MODEL [--gpus N] [--size PIXELS] ...   (see %(prog)s plan --help)\n"
+        "       %(prog)s compare --model MODEL --prompt PROMPT --out DIR ... (see %(prog)s compare --help)",
         description="Make pictures with one of xDiT's parallel strategies or with hybrid-cond, on as many processes as "
         "the strategy needs. Takes what `xdit` takes.",
     )
     xFuserArgs.add_runner_args(parser)
     add_options(parser)
-    launch = parser.add_argument_group("launch", "as for torchrun")
+    add_launch_options(parser)
+    parser.add_argument(*spellings("save_timings"), action="store_true", help="write timings.json beside the pictures")
+    return parser
+
+
+def read_launch_flags(argv: list[str]) -> argparse.Namespace:
+    """The flags that decide about the processes, read without xDiT's parser, which takes seconds to import.
+
+    Of the others the names are checked; their values are the runner's to check.
+    """
+    parser = argparse.ArgumentParser(prog="xdit-hybrid", usage="%(prog)s --help", add_help=False, allow_abbrev=False)
+    add_options(parser)
+    add_launch_options(parser)
+    _add_degrees(parser)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--prompt", nargs="*")
+    parser.add_argument(*spellings("attention_backend"))
+    for name in ("height", "width", "num_inference_steps", "batch_size"):
+        parser.add_argument(*spellings(name), type=int)
+    for name in (*_IDLE_FLAGS, "max_sequence_length"):
+        parser.add_argument(*spellings(name), nargs="*")
+    args, others = parser.parse_known_args(argv)
+    known = {"--save_timings", *flags_of_xdit()}
+    given = (arg.partition("=")[0].replace("-", "_").replace("__", "--", 1) for arg in others if arg.startswith("--"))
+    known |= {flag.replace("--", "--no_", 1) for flag in known}
+    if unknown := [name for name in given if name not in known]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
+
+
+def add_launch_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the processes to a parser."""
+    launch = parser.add_argument_group("launch", "as for torchrun, and what is printed")
     launch.add_argument("--nnodes", type=int, default=1)
     launch.add_argument("--node_rank", type=int, default=0)
     launch.add_argument("--master_addr", default="127.0.0.1")
     launch.add_argument("--master_port", type=int, help="default: a free one; needed with --nnodes")
     launch.add_argument("--nproc_per_node", type=int, help="default: what the strategy needs")
-    return parser
+    launch.add_argument("--verbose", action="store_true", help="show what xDiT, diffusers and transformers log, too")
 
 
 def prepare(args: argparse.Namespace, gpus: int, world_size: int | None = None) -> HybridConfig | None:
@@ -205,7 +242,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("hybridiff-xdit")
     group.add_argument("--parallel", choices=STRATEGIES, help="parallel strategy")
     for field in dataclasses.fields(HybridConfig):
-        group.add_argument(*_spellings(f"hybrid_{field.name}"), default=None, **_flag(field))
+        group.add_argument(*spellings(f"hybrid_{field.name}"), default=None, **_flag(field))
 
 
 def read_config(args: argparse.Namespace) -> HybridConfig | None:
@@ -303,14 +340,20 @@ def check_processes(args: argparse.Namespace, world_size: int, processes_here: i
 def read_degrees(argv: list[str]) -> argparse.Namespace:
     """The flags of xDiT's that matter to a strategy, read from an argument list whose rest is left alone."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in (*_EXCLUDED_DEGREES, *COMBINED_DEGREES):
-        parser.add_argument(*_spellings(name), type=int, default=1)
-    for name in _EXCLUDED_FLAGS:
-        details: dict[str, Any] = {} if name == "cache_method" else {"action": "store_true"}
-        parser.add_argument(*_spellings(name), **details)
-    parser.add_argument(*_spellings("use_cfg_parallel"), action="store_true")
+    _add_degrees(parser)
     return parser.parse_known_args(argv)[0]
 
 
-def _spellings(name: str) -> list[str]:
+def _add_degrees(parser: argparse.ArgumentParser) -> None:
+    """Add those of xDiT's flags that matter to a strategy."""
+    for name in (*_EXCLUDED_DEGREES, *COMBINED_DEGREES):
+        parser.add_argument(*spellings(name), type=int, default=1)
+    for name in _EXCLUDED_FLAGS:
+        details: dict[str, Any] = {} if name == "cache_method" else {"action": "store_true"}
+        parser.add_argument(*spellings(name), **details)
+    parser.add_argument(*spellings("use_cfg_parallel"), action="store_true")
+
+
+def spellings(name: str) -> list[str]:
+    """A flag in the underscore and the dash spelling."""
     return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
