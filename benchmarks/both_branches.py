@@ -10,10 +10,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
+from hybridiff_xdit.evaluate.calls import Call
 from hybridiff_xdit.evaluate.graphs import Graphs
 from hybridiff_xdit.evaluate.stages.executor import Executor
 from hybridiff_xdit.evaluate.stages.families import read
@@ -40,8 +42,8 @@ def both_branches(pipe: Any, warm_up: int, comm: Comm, is_timed: bool = False) -
     executor = Executor(read(denoiser), comm, graphs)
     step = 0
 
-    def whole(inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
-        return original(**inputs)[0], executor.take()
+    def whole(**inputs: Any) -> torch.Tensor:
+        return original(**inputs)[0]
 
     def forward(*args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
         nonlocal step
@@ -54,7 +56,7 @@ def both_branches(pipe: Any, warm_up: int, comm: Comm, is_timed: bool = False) -
         if step < warm_up:
             executor.now = float(step)
             graphs.look()
-            pred, boundary = graphs(executor.name, whole, inputs)
+            pred, boundary = graphs(executor.name, partial(executor.watch, Call(denoiser, whole, inputs)), inputs)
             executor.keep(1, boundary)
         else:
             pred = executor.pipelined(both, "cond", float(step), hand_over=True, extrapolate=False)

@@ -42,7 +42,7 @@ class Ranks:
         group_timeout: of the process group, seconds.
     """
 
-    def __init__(self, size: int = 2, device: str = "cpu", group_timeout: float = 30) -> None:
+    def __init__(self, size: int = 2, device: str = "cpu", group_timeout: float = 120) -> None:
         self.size, self.device, self.group_timeout = size, device, group_timeout
         self._start()
 
@@ -72,7 +72,7 @@ class Ranks:
             process.kill()
             process.join()
 
-    def outcomes(self, function: Callable[..., Any], *args: Any, timeout: float = 90) -> list[Outcome]:
+    def outcomes(self, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Outcome]:
         """Run ``function(*args)`` on every rank; what each came to. After an error the processes are new ones."""
         job = pickle.dumps((inspect.getfile(function), function.__name__, args))
         for pipe in self._pipes:
@@ -84,7 +84,7 @@ class Ranks:
             self._start()
         return outcomes
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 90) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
         """Run ``function(*args)`` on every rank; the values in order of rank. An error on any rank fails the test."""
         outcomes = self.outcomes(function, *args, timeout=timeout)
         failed = {rank: outcome.error for rank, outcome in enumerate(outcomes) if outcome.error}
