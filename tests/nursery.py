@@ -28,16 +28,24 @@ LONGEST = 240  # seconds of a script
 GRACE = 5  # seconds that the other ranks have to end by themselves when one has failed
 
 
+def run_module(module: str, *arguments: Any, **kwargs: Any) -> subprocess.CompletedProcess:
+    """`run`, as ``python -m`` does with a module."""
+    return run(TESTS / "xdit_module_worker.py", module, *arguments, **kwargs)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-def run(script: Path, *arguments: Any, processes: int, check: bool = True) -> subprocess.CompletedProcess:
-    """Run a script on so many ranks; the first status that is not 0, and what all of them printed."""
+def run(
+    script: Path, *arguments: Any, processes: int, check: bool = True, cwd: Path = TESTS
+) -> subprocess.CompletedProcess:
+    """Run a script on so many ranks in a folder; the first status that is not 0, and what all of them printed."""
     with tempfile.NamedTemporaryFile("r", errors="replace") as output:
         job = {"argv": [str(script), *map(str, arguments)], "processes": processes, "output": output.name}
+        job["cwd"] = str(cwd)
         server = _server()
         server.stdin.write(json.dumps(job) + "\n")
         server.stdin.flush()
@@ -65,7 +73,7 @@ def main() -> None:
         print(_wait(children), flush=True)
 
 
-def _fork(rank: int, port: int, argv: list[str], processes: int, output: str) -> int:
+def _fork(rank: int, port: int, argv: list[str], processes: int, output: str, cwd: str) -> int:
     child = os.fork()
     if child:
         return child
@@ -79,6 +87,7 @@ def _fork(rank: int, port: int, argv: list[str], processes: int, output: str) ->
         sizes = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         os.environ.update({key: str(value) for key, value in (place | sizes).items()})
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.chdir(cwd)
         sys.argv = argv
         sys.path[0] = str(Path(argv[0]).parent)
         runpy.run_path(argv[0], run_name="__main__")
