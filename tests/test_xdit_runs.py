@@ -12,7 +12,7 @@ import pytest
 import torch
 import xdit_tiny
 from diffusers import DiffusionPipeline
-from nursery import ENV, TESTS, free_port, run
+from nursery import ENV, TESTS, free_port, run, run_module
 from PIL import Image
 
 #: As a user has it, who has said nothing about threads or warnings.
@@ -177,18 +177,18 @@ def test_a_wrong_flag_of_xdits_is_told_once(models, tmp_path):
     assert re.fullmatch(r"xdit-hybrid: error on rank \d: argument --seed: invalid int value: 'first'", line)
 
 
-def launch(script, model, *flags, cwd, **kwargs):
+def launch(script, model, *flags, cwd, processes=2, check=True, start=run_module):
+    """What ``hybridiff_xdit.launch`` makes of a script; ``start=torchrun`` starts it as a user does."""
     size = ("--height", 32, "--width", 32, "--num_inference_steps", 10, "--guidance_scale", 5)
     shim = TESTS / "xdit_cuda_shim.py"
     prompts = ("--prompt", "a cat", "two dogs")
-    return torchrun(
-        *("-m", "hybridiff_xdit.launch", shim, script, "--model", model, *prompts, *size, *flags), cwd=cwd, **kwargs
-    )
+    command = ("hybridiff_xdit.launch", shim, script, "--model", model, *prompts, *size, *flags)
+    return start(*["-m"][: start is torchrun], *command, cwd=cwd, processes=processes, check=check)
 
 
 def test_launch_runs_an_sd3_script(models, tmp_path):
     flags = ("--parallel", "hybrid-cond", "--hybrid-policy=paper", "--hybrid_report", tmp_path)
-    launch(TESTS / "xdit_sd3_script.py", models / "sd3", *flags, cwd=tmp_path)
+    launch(TESTS / "xdit_sd3_script.py", models / "sd3", *flags, cwd=tmp_path, start=torchrun)
     assert len(list(tmp_path.glob("sd3_cfg2_*.png"))) == 2
     assert "P" in json.loads((tmp_path / "report.json").read_text())["plan"]
 
@@ -225,6 +225,6 @@ def test_wrong_combination_under_launch(models, tmp_path):
 
 def test_runner_refuses_a_wrong_world_size(models, tmp_path):
     flags = ("--model", models / "sd3", "--prompt", "a cat", "--parallel", "hybrid-cond", "--hybrid_plan", "8-48/2")
-    result = torchrun("-m", "hybridiff_xdit.xdit.runner", *flags, processes=1, cwd=tmp_path, check=False)
+    result = run_module("hybridiff_xdit.xdit.runner", *flags, processes=1, cwd=tmp_path, check=False)
     assert result.returncode != 0
     assert "error on rank 0: --parallel hybrid-cond needs 2 processes, not 1" in result.stderr

@@ -276,8 +276,18 @@ def _tokens(anatomy: Any, partition: Partition, size: int) -> dict[str, int]:
 
 
 def speed_of(kind: str, device: str) -> tuple[Speed, str]:
-    """The stored figures for a GPU by its name, and whose they are; an unknown one gets the H100's."""
-    name = next((name for name in SPEEDS if name in device), "H100")
+    """The stored figures for a GPU by its name, and whose they are; without a name they are the H100's.
+
+    Raises:
+        ValueError: there are none of this GPU. Another one's would choose layouts that are not its fastest.
+    """
+    name = next((name for name in SPEEDS if name in (device or "H100")), None)
+    if name is None:
+        raise ValueError(
+            f"the planner has no figures of an {device}. Choose a layout yourself (--nproc_per_node 2, "
+            "--ulysses_degree, --data_parallel_degree), or see `xdit-hybrid plan` with --calibrate, which times this "
+            f"GPU, or with --device {' or '.join(SPEEDS)}."
+        )
     return SPEEDS[name][kind], name
 
 

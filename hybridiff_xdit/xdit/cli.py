@@ -71,10 +71,11 @@ def plan(argv: list[str]) -> int:
         options.refuse_low(config)
         kinds = planner.expected_plan(config, steps)
         cost = planner.cost_of(checkpoint, height, width)
-        speed, source = planner.speed_of(cost.kind, args.device or _device_name())
         if args.calibrate:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             speed, source = planner.calibrate(checkpoint, height, width, device), f"measured on this {device.type}"
+        else:
+            speed, source = planner.speed_of(cost.kind, args.device or _device_name())
     except ValueError as error:
         _refuse("xdit-hybrid plan", error)
     machine = planner.Machine(
@@ -122,7 +123,7 @@ def plan_parser() -> argparse.ArgumentParser:
     speed = parser.add_argument_group("the machine")
     source = speed.add_mutually_exclusive_group()
     source.add_argument(
-        "--device", choices=list(planner.SPEEDS), help="whose stored figures (default: this GPU's, or H100)"
+        "--device", choices=list(planner.SPEEDS), help="whose stored figures (default: this GPU's, or H100 without one)"
     )
     source.add_argument("--calibrate", action="store_true", help="time the denoiser on this GPU, with random weights")
     speed.add_argument("--gpus_per_node", type=_positive, metavar="N", default=8, help="joined by NVLink (default: 8)")
