@@ -248,7 +248,7 @@ LEDGER = (
         "overridden: its 3-step warm-up fits no plan",
         _STRATEGY,
     ),
-    Seam(_RUNNER, "setup_logging", (), "as xDiT's runner", _NEVER),
+    Seam("xfuser.core.utils.runner_utils", "is_last_process", (), "who has the pictures to tell of", _NEVER),
     Seam(_RUNNER, "xFuserModelRunner", ("config",), "subclassed", _NEVER),
     Seam(
         _RUNNER,
@@ -313,6 +313,8 @@ LEDGER = (
     ),
     Seam(_MODELS, "ModelSettings", ("model_name", "output_name", "model_output_type"), "the same", _NEVER),
     Seam(_MODELS, "DiffusionOutput", ("images", "pipe_args"), "what _run_pipe returns", _NEVER),
+    Seam(_MODELS, "DiffusionOutput.get_outputs", (), "each picture with its call", _NEVER),
+    Seam(_MODELS, "xFuserModel.get_output_name", ("input_args",), "where a picture lies", _NEVER),
 )
 
 
