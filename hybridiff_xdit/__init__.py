@@ -15,7 +15,7 @@ Folders, from bottom to top, which is the order to read them in (within one, the
 * `evaluate`: calls, graphs, streams, tokens, and `stages`: cuts, anatomy, blocks, unet, families, executor;
 * `config`, `report`, `measures`, and `engine`, one run's estimates and measurements;
 * `planner`, what a layout of GPUs would bring: denoisers, cost, layouts;
-* `seam`, where a diffusers pipeline is met: watch, coupling, pattern, step, pending, signals, run, encoding, hooks,
+* `seam`, where a diffusers pipeline is met: watch, coupling, pattern, step, pending, signals, run, hooks,
   checkpoints;
 * `xdit`: the strategy in xDiT.
 """

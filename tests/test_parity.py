@@ -102,6 +102,30 @@ def test_a_plan_with_skipped_steps_is_the_oracle(pair, name, plan, rule):
     assert error(first, latents) < TOLERANCE[pair.device]
 
 
+def half(name, dtype, fields):
+    """(latents on this rank, of one process that plays both, of two evaluations of one branch each)"""
+    pipe = tiny.PIPELINES[name]().to(getattr(torch, dtype))
+    pipe.set_progress_bar_config(disable=True)
+    found = []
+    for simulate in (False, True):
+        apply_hybrid(pipe, HybridConfig(balance="flops", **fields), simulate=simulate)
+        found.append(tiny.call(pipe, name))
+        remove_hybrid(pipe)
+    with oracle.inside(pipe, plan="F" * 10, rule="reuse", cut=oracle.CUTS[name]):
+        return *found, tiny.call(pipe, name)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("sd3", "bfloat16"), ("sdxl", "float16"), ("sd15", "bfloat16")])
+def test_half_precision(pair, name, dtype):
+    """All FULL bit for bit; with estimates, the ranks are one process's bits, and near."""
+    for found, alone, full in pair.run(half, name, dtype, {"policy": "cfg"}):
+        assert found.dtype == getattr(torch, dtype)
+        assert torch.equal(found, alone) and torch.equal(found, full)
+    (first, alone, _), (second, *_) = pair.run(half, name, dtype, {"plan": "FFFFSFPFSF"})
+    assert torch.equal(first, second) and torch.equal(first, alone)
+    assert 0 < error(first.float(), full.float()) < 0.5
+
+
 def adaptive(name, fields):
     """(latents, report), those of one process that plays both ranks, and the oracle's latents for the plan."""
     found = hybrid(name, fields)

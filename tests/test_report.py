@@ -107,7 +107,6 @@ TYPES = {
     "tau_2": int | None,
     "speedup_bound": float,
     "bytes_sent": list,
-    "seconds_per_step": None,
     "world_size": int,
     "sequence_degree": int,
     "versions": dict,

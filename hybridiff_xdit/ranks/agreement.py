@@ -29,11 +29,6 @@ class Gone(RuntimeError):
     """Another rank has ended its call before the first step. Every rank that had not raises it, at the same place."""
 
 
-def differing(facts: dict[str, Any], comm: Comm, across: Comm | None, device: torch.device) -> list[str]:
-    """Names of the facts that are not the same on every rank; the same answer on all of them (`compare`)."""
-    return compare(facts, comm, across, device)()
-
-
 def compare(facts: dict[str, Any], comm: Comm, across: Comm | None, device: torch.device) -> Callable[[], list[str]]:
     """Start to compare facts; what waits for the other ranks, and tells which are not the same on all of them.
 

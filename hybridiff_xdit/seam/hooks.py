@@ -36,7 +36,6 @@ from ..ranks.agreement import Gone, compare, disagreement, fingerprint, leave
 from ..ranks.comm import Comm, Solo, checksum
 from ..report import write_report
 from .coupling import settings_of
-from .encoding import Encoding
 from .run import Run, Setting
 from .watch import watch
 
@@ -76,11 +75,8 @@ class _Session:
                 executor = Executor(anatomy, comm, self.graphs(anatomy.denoiser), self.across, config.stages)
         streams = Streams(comm, self.across, self.graphs, is_apart)
         self.setting = Setting(config, streams, executor, self._warn)
-        handlers: dict[str, Any] = {"__call__": partial(self._call, ref(pipe))}
-        if comm.size > 1 and hasattr(pipe, "encode_prompt"):
-            encoding = Encoding(pipe, comm, self.across)
-            handlers |= {"check_inputs": encoding.check_inputs, "encode_prompt": encoding.encode_prompt}
-        self._undo.callback(watch(pipe, progress_bar=self._progress_bar, **handlers))
+        handlers: dict[str, Any] = {"__call__": partial(self._call, ref(pipe)), "progress_bar": self._progress_bar}
+        self._undo.callback(watch(pipe, **handlers))
 
     def close(self) -> None:
         """Put everything back as it was. Waits for no other rank."""
@@ -292,7 +288,6 @@ class _Session:
             "config": {**asdict(config), "report": config.report and os.fspath(config.report)},
             "num_steps": run.num_steps,
             **found,
-            "seconds_per_step": None,  # timing waits for the GPU: benchmarks/ measures it
             "world_size": self.comm.size * degree,
             "sequence_degree": degree,
             "versions": _versions(),
@@ -457,8 +452,7 @@ def last_report(pipe: Any) -> dict[str, Any] | None:
     None where it is not finite), ``trials`` (list of [step, [[distance, pipelined, skipped], ...]], see
     `discrepancy.Trial`; empty but for the adaptive policy), ``tau_1``, ``tau_2`` (None where the policy has none),
     ``speedup_bound`` (times what splitting a branch's tokens gives), ``bytes_sent`` (one count a rank of the group, of
-    the denoising: without the texts' embeddings), ``seconds_per_step`` (None where not measured), ``world_size``,
-    ``sequence_degree``, ``versions``.
+    the denoising), ``world_size``, ``sequence_degree``, ``versions``.
     """
     session = _SESSIONS.get(_own(pipe))
     return None if session is None else session.report
