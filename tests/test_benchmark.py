@@ -16,7 +16,21 @@ STRATEGIES = ["one-gpu", "paper", "cfg, ulysses", "cfg, stages", "adaptive 2.5, 
 
 def test_every_strategy_is_timed_and_reported(tmp_path):
     out = tmp_path / "times.jsonl"
-    flags = ("--steps", 10, "--repeats", 2, "--warm-up", 3, "--out", out, "--trace", tmp_path / "traces", "--strategy")
+    flags = (
+        "--steps",
+        10,
+        "--repeats",
+        2,
+        "--blocks",
+        1,
+        "--warm-up",
+        3,
+        "--out",
+        out,
+        "--trace",
+        tmp_path / "traces",
+        "--strategy",
+    )
     nursery.run(BENCHMARKS / "run.py", "--scenario", "sdxl-tiny", "sd3-tiny", *flags, *STRATEGIES, processes=4)
     lines = {(line["scenario"], line["strategy"]): line for line in map(json.loads, out.read_text().splitlines())}
     without = {("sdxl-tiny", "cfg, ulysses")}  # a U-Net has no sequence
@@ -49,7 +63,8 @@ def test_every_strategy_is_timed_and_reported(tmp_path):
 def test_one_rank_alone_does_what_its_rank_does(tmp_path):
     """On one process: as many evaluations, and as many bytes, as that rank of two."""
     out, strategies = tmp_path / "times.jsonl", ["one-gpu, graphs", *(f"fixed 8-48/4, rank {rank}" for rank in (0, 1))]
-    flags = ("--repeats", 2, "--out", out, "--strategy", *strategies, "adaptive 2.85, rank 1")
+    flags = ("--repeats", 1, "--blocks", 1, "--warm-up", 2, "--out", out, "--strategy", *strategies)
+    flags += ("adaptive 2.85, rank 1",)
     nursery.run(BENCHMARKS / "run.py", "--scenario", "sdxl-tiny", *flags, processes=1)
     one, rank_0, rank_1, adaptive = map(json.loads, out.read_text().splitlines())
     assert one["plan"] is None and adaptive["plan"].count("S") == 15

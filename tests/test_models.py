@@ -57,10 +57,8 @@ def test_all_full_is_the_two_branches_one_by_one(pair, name):
     [
         ("emoji-sd3", {"policy": "paper"}, 1),
         ("emoji-sdxl", {"plan": "2-9/3", "guidance": "reuse"}, 5),
-        ("emoji-sd3", {"plan": "2-9/3"}, 5),
         ("emoji-sdxl", {"plan": "2-9/3S"}, 5),
         ("emoji-sd3", {"speedup": 2.5}, 2),
-        ("emoji-sdxl", {"speedup": 2.5}, 2),
     ],
     ids=str,
 )
@@ -72,6 +70,8 @@ def test_steps_that_are_not_full_are_the_oracle(pair, name, fields, estimated):
 
 
 def picture(name):
+    if dist.get_rank():
+        return None
     pipe = load(name)
     generator = torch.Generator().manual_seed(0)
     image = pipe("google style emoji of grinning face", num_inference_steps=20, generator=generator).images[0]
@@ -80,6 +80,6 @@ def picture(name):
 
 @pytest.mark.parametrize("name", CUTS)
 def test_a_grinning_face_is_yellow(pair, name):
-    for size, (red, green, blue) in pair.run(picture, name):
-        assert size == (64, 64)
-        assert red > green > blue + 30
+    (size, (red, green, blue)), _ = pair.run(picture, name)
+    assert size == (64, 64)
+    assert red > green > blue + 30

@@ -156,7 +156,7 @@ CASES: dict[str, Expected] = {
     "hunyuan-video": successive(4.0),
     "cogview4": successive(5.0),
     "flux-true-cfg": successive(4.0),
-    "flux": successive(None, forwards=(8, 8), warns="1 had nothing to evaluate"),
+    "flux": successive(None, forwards=(8, 8), warns="1 had nothing of its own to evaluate"),
     "flux2-klein": successive(4.0),
     # Calls without a name.
     "lumina2": successive(None),

@@ -16,7 +16,6 @@ from hybridiff_xdit.xdit.batch import Share, deal, share_of
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYOUTS = {  # processes, groups, nodes, flags
-    "2 pairs": (4, 2, 1, ["--data_parallel_degree", 2]),
     "4 pairs": (8, 4, 1, ["--data_parallel_degree", 4]),
     "2 pairs x ulysses-2": (8, 2, 1, ["--data_parallel_degree", 2, "--ulysses_degree", 2]),
     "2 pairs, their decoders split": (4, 2, 1, ["--data_parallel_degree", 2, "--use_parallel_vae"]),

@@ -18,7 +18,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 #: Checkpoint, stages, ranks of a sequence group, and xDiT's flags.
 LAYOUTS = {
-    "ulysses-2": ("sd3", 2, 2, ["--ulysses_degree", 2]),
     "ring-2, dual attention": ("sd35", 2, 2, ["--ring_degree", 2, "--attention_backend", "sdpa_flash"]),
     "ulysses-4": ("sd35", 2, 4, ["--ulysses_degree", 4]),
     "ulysses-2 x ring-2": (

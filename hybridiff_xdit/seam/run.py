@@ -462,11 +462,13 @@ class Run:
     def _warn_idle(self) -> None:
         """Say so where ranks had nothing to do in the whole run."""
         comm, streams = self.setting.streams.comm, max((pattern.count for pattern in self._learnt), default=0)
-        if self._executor is None and 0 < streams < comm.size:
+        is_dealt = all(slot.may_deal for pattern in self._learnt for slot in pattern.slots)
+        if self._executor is None and is_dealt and 0 < streams < comm.size:
             self.setting.warn(
                 f"hybrid-cond: this pipeline's steps have {streams} stream(s) and the group has {comm.size} ranks, so "
-                f"that {comm.size - streams} had nothing to evaluate. Start fewer processes (--nproc_per_node), or "
-                "give the others a part of each stream: --ulysses_degree, --ring_degree, --hybrid_stages."
+                f"that {comm.size - streams} had nothing of its own to evaluate. Start fewer processes "
+                "(--nproc_per_node), or give the others a part of each stream: --ulysses_degree, --ring_degree, "
+                "--hybrid_stages."
             )
 
     def _has_other_attention(self) -> bool:

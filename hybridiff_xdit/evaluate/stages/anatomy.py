@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ...trees import map_tensors, tensors_of
+from ...trees import map_tensors, modules_of, tensors_of
 from ..calls import Call, Structure, part
 from .cuts import Partition, Region, Shape, best_nest, segments_of
 
@@ -56,7 +56,10 @@ class Unit(NamedTuple):
     splits_after: bool = True
 
     def __call__(self, activation: Activation) -> Activation:
-        boundary = self.boundary(self.run(activation))
+        return self.after(activation, self.boundary(self.run(activation)))
+
+    def after(self, activation: Activation, boundary: Boundary) -> Activation:
+        """The activation after the unit, whose evaluation has left this boundary."""
         skips = activation.skips[:-1] if self.pops else activation.skips
         return activation._replace(boundary=boundary, skips=(*skips, boundary[0]) if self.pushes else skips)
 
@@ -243,7 +246,7 @@ class Anatomy(ABC):
     def _count(self, inputs: Inputs) -> tuple[list[int], tuple[tuple[Shape, ...], ...], Shape]:
         """FLOPs of each unit, the shapes of the boundary after it, and the prediction's.
 
-        By a run on fake tensors (no memory, no GPU).
+        By a run on fake tensors (no memory, no GPU), in which units that are alike are evaluated once.
 
         The modules' own forward hooks see those too. Attention is counted in its plain form, because the fused kernels
         that PyTorch chooses by device are not all counted: this must not depend on the device.
@@ -254,10 +257,29 @@ class Anatomy(ABC):
         plain = torch.compiler.set_stance("force_eager")  # compiled blocks are counted as they are
         with torch.no_grad(), plain, fakes, counter, sdpa_kernel(SDPBackend.MATH), self.lora_scale(inputs) as inputs:
             activation = self.start(map_tensors(fakes.from_tensor, inputs))
+            known: dict[Any, tuple[int, Boundary]] = {}
             for unit in self.units:
-                before = counter.get_total_flops()
-                activation = unit(activation)
-                flops.append(counter.get_total_flops() - before)
+                read = *activation.boundary, *activation.skips[-1:]
+                kind = _kind_of(unit.module), unit.pops, tuple((t.shape, t.dtype) for t in read)
+                if kind not in known:
+                    before = counter.get_total_flops()
+                    boundary = unit(activation).boundary
+                    known[kind] = counter.get_total_flops() - before, boundary
+                count, boundary = known[kind]
+                activation = unit.after(activation, boundary)
+                flops.append(count)
                 shapes.append(tuple((t.shape, t.dtype) for t in activation.boundary))
             prediction = self.prediction(activation)
         return flops, tuple(shapes), (prediction.shape, prediction.dtype)
+
+
+def _kind_of(module: nn.Module) -> Any:
+    """Equal for modules that do the same with other weights: their classes, constants and the shapes of the weights."""
+    return tuple(
+        (
+            type(part),
+            tuple((name, value) for name, value in vars(part).items() if isinstance(value, bool | int | float | str)),
+            tuple(weight.shape for weight in part._parameters.values() if weight is not None),
+        )
+        for part in modules_of(module)
+    )
