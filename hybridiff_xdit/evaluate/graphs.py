@@ -372,7 +372,7 @@ def _present(module: Any) -> Hashable:
         held = {name: value for name, value in vars(processor).items() if name not in _MODULES_OWN}
     else:
         held = getattr(processor, "__dict__", {})
-    return id(processor), describe(held, _at)
+    return (id(processor), describe(held, _at)) if held else id(processor)
 
 
 def _at(tensor: torch.Tensor) -> Hashable:
