@@ -332,6 +332,7 @@ class Run:
         owners = None
         if coupling is Coupling.COUPLED:
             self._warn_whole(call, "its attention processors (perturbed-attention guidance) cut the batch themselves")
+            self._release_executor()
         else:
             self._executor = self._prepare(call, count)
             owners = deal([1.0] * count, streams.ranks) if count > 1 else None
