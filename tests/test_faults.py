@@ -99,7 +99,7 @@ def differ(what):
         ("number of prompts", "number of prompts, pictures, or the resolution"),
         ("resolution", "number of prompts, pictures, or the resolution"),
         ("steps", "number of steps (--num_inference_steps)"),
-        ("guidance", "guidance on or off (--guidance_scale)"),
+        ("guidance", "guidance (--guidance_scale)"),
         ("guidance scale", "guidance (--guidance_scale)"),
         ("plan", "strategy (--hybrid_* flags)"),
         ("dtype", "dtypes"),
