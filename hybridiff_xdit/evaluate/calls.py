@@ -91,7 +91,8 @@ def read_call(denoiser: torch.nn.Module, evaluate: Callable[..., Any], args: Any
         TypeError: they do not fit its forward.
     """
     beneath: Any = getattr(denoiser, "_orig_mod", denoiser)  # of torch.compile
-    bound = _signature(_forward_of(type(beneath))).bind(None, *args, **kwargs)
+    cls: Any = type(beneath)
+    bound = _signature(_forward_of(cls)).bind(None, *args, **kwargs)
     inputs: Inputs = {}
     for name, value in bound.arguments.items():
         kind = bound.signature.parameters[name].kind
@@ -107,7 +108,8 @@ def is_compiled(denoiser: torch.nn.Module) -> bool:
     return hasattr(denoiser, "_orig_mod") or denoiser._compiled_call_impl is not None
 
 
-def _forward_of(cls: type) -> Any:
+@lru_cache(maxsize=64)
+def _forward_of(cls: Any) -> Any:
     """Its forward; where that only hands its arguments on, the one that it overrides."""
     forwards = [vars(base)["forward"] for base in cls.__mro__ if "forward" in vars(base)]
     return next((forward for forward in forwards if _names_arguments(_signature(forward))), forwards[0])
@@ -241,6 +243,8 @@ class Structure:
 
     def tensors(self, output: Any) -> list[torch.Tensor]:
         """The predictions in such a nest, [B, ...]."""
+        if type(output) is tuple and len(output) == 1 and isinstance(output[0], torch.Tensor):
+            return [output[0]]  # as most denoisers return it
         leaves, _ = _flatten(output, self.is_listed)
         return [torch.stack(leaf) if _is_list(leaf) else leaf for leaf in leaves if _is_prediction(leaf)]
 

@@ -63,7 +63,9 @@ class Template:
         """The call, from the first one of its step."""
         leaves, _ = first.flat
         found = [rule.value if isinstance(rule, _Own) else _take(leaves, rule) for rule in self._rules]
-        return replace(self._call, inputs=pytree.tree_unflatten(found, self._spec))
+        call = replace(self._call, inputs=pytree.tree_unflatten(found, self._spec))
+        vars(call)["flat"] = found, self._spec  # it will be compared with what then comes
+        return call
 
 
 def _rule(first: Any, leaf: Any, number: int) -> _Same | _Own:

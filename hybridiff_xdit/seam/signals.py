@@ -76,6 +76,8 @@ class Signals:
 
     def send(self, step: int, headers: torch.Tensor) -> None:
         """Start to bring to the host what all ranks said in an exchange."""
+        if self.streams.comm.size == 1 and self.streams.across is None and not self.pending:
+            return  # nobody else
         drifted, statuses = (headers[:, 0] != headers[0, 0]).any(), headers[:, 1]
         # On one rank, whose header never left the host, these alone are on its GPU.
         others = torch.stack(self.pending).any() if self.pending else torch.zeros_like(drifted)
