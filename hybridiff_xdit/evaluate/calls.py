@@ -244,7 +244,7 @@ class Structure:
     def tensors(self, output: Any) -> list[torch.Tensor]:
         """The predictions in such a nest, [B, ...]."""
         if type(output) is tuple and len(output) == 1 and isinstance(output[0], torch.Tensor):
-            return [output[0]]  # as most denoisers return it
+            return list(filter(_is_prediction, output))  # as most denoisers return it: nothing to flatten
         leaves, _ = _flatten(output, self.is_listed)
         return [torch.stack(leaf) if _is_list(leaf) else leaf for leaf in leaves if _is_prediction(leaf)]
 

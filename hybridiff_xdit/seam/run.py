@@ -220,8 +220,8 @@ class Run:
 
     def _fits(self, kind: StepKind, pattern: Pattern) -> bool:
         """Whether a step of these streams can be of a kind."""
-        is_pair = len(pattern.slots) == 1 and pattern.count == 2 and self.engine.cond == 1
-        is_pair = is_pair and self._executor is not None
+        is_split = self._executor is not None
+        is_pair = is_split and len(pattern.slots) == 1 and pattern.count == 2 and self.engine.cond == 1
         return kind is FULL or (self._is_estimable(pattern) and (kind is SKIPPED or is_pair))
 
     def _is_estimable(self, pattern: Pattern) -> bool:

@@ -104,18 +104,14 @@ def summary(report: dict[str, Any] | None, steps: int, seconds: float) -> str:
     if report is None:
         return f"{steps} steps; {took}"
     of = "one GPU" if report["sequence_degree"] == 1 else f"{report['sequence_degree']} GPUs that split the tokens"
-    return f"{counts(report['plan'])} of {report['num_steps']} steps; {bound(report)} over {of}; {took}"
+    bound = f"speed-up bound {report['speedup_bound']:.2f}"
+    return f"{counts(report['plan'])} of {report['num_steps']} steps; {bound} over {of}; {took}"
 
 
 def counts(plan: str) -> str:
     """How many steps of a plan are of which kind."""
     kinds = Plan.parse(plan)
     return ", ".join(f"{kinds.count(kind)} {kind.name}" for kind in StepKind if kind in kinds)
-
-
-def bound(report: dict[str, Any]) -> str:
-    """The bound of a run's speed-up."""
-    return f"speed-up bound {report['speedup_bound']:.2f}"
 
 
 def say(lines: Iterable[str]) -> None:
