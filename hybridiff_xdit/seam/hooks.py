@@ -37,6 +37,7 @@ from ..ranks.comm import Comm, Solo, checksum
 from ..report import write_report
 from .coupling import settings_of
 from .run import Run, Setting
+from .signals import RunOver
 from .watch import watch
 
 logger = logging.getLogger(__name__)
@@ -119,8 +120,8 @@ class _Session:
                 return output
         except Gone:
             raise  # whoever has left waits for nobody
-        except Exception:
-            self._leave(pipe)
+        except Exception as error:
+            self._leave(pipe, error)
             raise
         finally:
             if self.run is not None and not self.run.is_finished:
@@ -269,17 +270,19 @@ class _Session:
         if not is_interrupted:
             self._report(run, run.engine.report() | {"bytes_sent": [self.comm.bytes_sent]})
 
-    def _leave(self, pipe: Any) -> None:
+    def _leave(self, pipe: Any, error: Exception) -> None:
         """An error ends this rank's call: let the others know, if they can still be waiting for it."""
         run = self.run
         try:
-            if run is not None:
-                if not run.is_over:
-                    run.leave()
+            if run is not None and not run.is_over:
+                run.leave()
+            elif run is not None:
+                if isinstance(error, RunOver):
+                    run.settle()
             elif not self._is_agreed and self.comm.size > 1:
                 leave(self.comm, self.across, torch.device(pipe._execution_device))
-        except Exception as error:
-            logger.warning("hybrid-cond: the other ranks could not be told of the error (%s).", error)
+        except Exception as unheard:
+            logger.warning("hybrid-cond: the other ranks could not be told of the error (%s).", unheard)
 
     def _report(self, run: Run, found: dict[str, Any]) -> None:
         config, degree = self.config, self.across.size if self.across else 1

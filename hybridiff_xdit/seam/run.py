@@ -563,13 +563,26 @@ class Run:
         self._warn_idle()
         return {**self.engine.report(), "bytes_sent": sent[:, 0].tolist()}
 
+    def settle(self) -> None:
+        """Complete what is on its way between stages, where all ranks know that the run has ended before its end.
+
+        A rank that is ahead of the others may be about to drop its pipeline, and with it what it has not sent yet.
+        """
+        if self._executor is not None:
+            self._executor.drain()
+
     @torch.no_grad()  # the pipeline's own is over
     def leave(self) -> bool:
         """Tell the other ranks that this one has left the run before its end; whether all have left it."""
-        streams = self.setting.streams
         self.signals.is_over = True
-        if streams.comm.size == 1 or self._device is None:
+        if self.setting.streams.comm.size == 1 or self._device is None:
             return True
+        have_all_left = self._leave()
+        self.settle()
+        return have_all_left
+
+    def _leave(self) -> bool:
+        streams = self.setting.streams
         step = self.step + bool(self.now.calls)
         if (promised := self._promised) is not None:
             asked = promised.ask([self.now.calls[0]] * len(promised.slots))
