@@ -148,7 +148,7 @@ def split_branches(
     if ulysses * ring > 1:
         flags = dict(ulysses_degree=ulysses, ring_degree=ring, pipefusion_parallel_degree=layers)
         sequence = split_tokens(pipe, use_cfg_parallel=branches == 2, **flags)
-    from hybridiff_xdit.xdit.pipelines import stage_ranks
+    from hybridiff_xdit.xdit.groups import stage_ranks
 
     ranks = stage_ranks(dist.get_world_size(), branches * layers, ulysses * ring)
     return sequence, dist.new_subgroups_by_enumeration(ranks)[0]

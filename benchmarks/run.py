@@ -365,7 +365,7 @@ def _bytes_beside(pipe: Any, strategy: Strategy) -> int:
 
 @contextmanager
 def _compiled(pipe: Any) -> Iterator[None]:
-    from hybridiff_xdit.xdit.pipelines import compile_blocks
+    from hybridiff_xdit.xdit.groups import compile_blocks
 
     denoiser = denoiser_of(pipe)
     before = {module: vars(module).get("forward") for module in denoiser.modules()}

@@ -565,7 +565,7 @@ def test_one_rank_skips_steps(name):
 @pytest.mark.parametrize("name", ["sd3", "sdxl"])
 def test_compiled_blocks(name):
     """Graphs are traced (dynamo), and run by PyTorch itself; the partition is counted with the blocks as they are."""
-    from hybridiff_xdit.xdit.pipelines import compile_blocks
+    from hybridiff_xdit.xdit.groups import compile_blocks
 
     pipe = tiny.PIPELINES[name]()  # compiled for good
     pipe.set_progress_bar_config(disable=True)

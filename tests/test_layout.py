@@ -20,8 +20,8 @@ ROOMS = (
     *("planner", "seam", "xdit"),
 )
 
-#: The doors import from the top: the package's own names, and one line that calls xdit/.
-DOORS = ("__init__", "launch")
+#: The door imports from the top: the package's own names.
+DOORS = ("__init__",)
 
 #: Which room may name which in annotations only (``if TYPE_CHECKING``), against the direction.
 MAY_NAME = {("schedule", "config"), ("planner", "seam")}
@@ -99,7 +99,7 @@ def test_decisions_are_made_of_floats_only():
 
 def test_only_xdit_imports_xfuser():
     assert {room(source) for source in SOURCES if imports_any(source, "xfuser")} == {"xdit"}
-    assert {room(source) for source in SOURCES if imports_any(source, "hybridiff_xdit.xdit")} == {"xdit", "launch"}
+    assert {room(source) for source in SOURCES if imports_any(source, "hybridiff_xdit.xdit")} == {"xdit"}
 
 
 def test_nothing_prints():

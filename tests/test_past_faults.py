@@ -851,7 +851,7 @@ def test_only_time_is_measured_by_capturing_and_only_where_that_is_allowed(monke
 def test_compiled_blocks_leave_pytorchs_settings_as_they_are():
     import torch._inductor.config as settings
 
-    from hybridiff_xdit.xdit.pipelines import compile_blocks
+    from hybridiff_xdit.xdit.groups import compile_blocks
 
     before = settings.get_config_copy()
     compile_blocks(own("sd3").transformer)
@@ -873,13 +873,13 @@ def test_what_stands_in_for_xfusers_names_is_put_back():
 
 
 def test_pipelines_of_one_layout_share_its_groups(monkeypatch):
-    from hybridiff_xdit.xdit import pipelines
+    from hybridiff_xdit.xdit import groups
 
     made, environment = [], Bar()
-    monkeypatch.setattr(pipelines, "get_cfg_group", lambda: environment)
+    monkeypatch.setattr(groups, "get_cfg_group", lambda: environment)
     monkeypatch.setattr(dist, "get_world_size", lambda: 8)
     monkeypatch.setattr(dist, "new_subgroups_by_enumeration", lambda ranks: made.append(ranks) or (object(), []))
-    assert pipelines.stage_group(4, 2) is pipelines.stage_group(4, 2) is not pipelines.stage_group(8)
+    assert groups.stage_group(4, 2) is groups.stage_group(4, 2) is not groups.stage_group(8)
     assert len(made) == 2
 
 

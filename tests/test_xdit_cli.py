@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from nursery import run_module
 
 from hybridiff_xdit import HybridConfig
 from hybridiff_xdit.seam.checkpoints import resolve
-from hybridiff_xdit.xdit import cli, options, script
+from hybridiff_xdit.xdit import cli, compat, options
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,10 @@ def test_processes_are_counted_where_there_are_gpus(launched, model, monkeypatch
         ("--parallel cfg --hybrid_interval 5", ("--hybrid_interval", "--parallel hybrid-cond")),
         ("--parallel hybrid-cond --pipefusion-parallel-degree 2", ("--pipefusion_parallel_degree 2", "drop it")),
         ("--parallel hybrid-cond --tensor_parallel_degree=2 --use_teacache", ("--use_teacache", "drop them")),
+        ("--parallel hybrid-cond --cache_method dbcache", ("--cache_method", "drop it")),
+        ("--parallel hybrid-cond --use-hybrid-attn-schedule", ("--use_hybrid_attn_schedule", "drop it")),
+        ("--parallel hybrid-cond --vsa_drop_rates 0.2 0.4", ("--vsa_drop_rates", "drop it")),
+        ("--parallel hybrid-cond --attention_backend AITER_VSA", ("--attention_backend aiter_vsa", "drop it")),
         (
             "--parallel hybrid-cond --hybrid_stages 4 --ulysses_degree 2 --pipefusion_parallel_degree 2",
             ("--pipefusion_parallel_degree 2", "drop it"),
@@ -336,64 +341,12 @@ def test_flags_reach_the_configuration(model, flags, fields):
     assert args.use_cfg_parallel
 
 
-@pytest.mark.parametrize("module", ["hybridiff_xdit.xdit.cli", "hybridiff_xdit.xdit.runner", "hybridiff_xdit.launch"])
+@pytest.mark.parametrize("module", ["hybridiff_xdit.xdit.cli", "hybridiff_xdit.xdit.runner"])
 def test_help(module):
     text = run_module(module, "--help", processes=1).stderr
     assert "--parallel {cfg,sequence,pipefusion,hybrid-cond}" in text
     assert "--hybrid_plan" in text
-    assert ("xdit-hybrid plan --model" in text) == (module != "hybridiff_xdit.launch")
-
-
-@pytest.mark.parametrize(
-    ("argv", "processes", "expected"),
-    [
-        ("--parallel hybrid-cond s.py --model m", 2, "--model m --use_cfg_parallel"),
-        (
-            "s.py --model m --hybrid-policy cfg --prompt a b --parallel=hybrid-cond --seed 1",
-            2,
-            "--model m --prompt a b --seed 1 --use_cfg_parallel",
-        ),
-        (
-            "--parallel hybrid-cond --hybrid_stages 4 s.py --model m",
-            4,
-            "--model m --pipefusion_parallel_degree 2 --use_cfg_parallel",
-        ),
-        (
-            "--parallel hybrid-cond --hybrid_stages 4 s.py --ulysses_degree 2",
-            8,
-            "--ulysses_degree 2 --pipefusion_parallel_degree 2 --use_cfg_parallel",
-        ),
-        ("s.py --use-cfg-parallel --parallel cfg", 2, "--use-cfg-parallel"),
-        ("s.py --parallel sequence --ring-degree=4", 4, "--ring-degree=4"),
-        ("s.py --parallel sequence", 2, "--ulysses_degree 2"),
-        ("s.py --own_flag x", 1, "--own_flag x"),
-    ],
-)
-def test_launch_hands_the_script_xdits_flags(monkeypatch, argv, processes, expected):
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    monkeypatch.setattr(script, "count_gpus", lambda: 8)
-    args, rest = script._split(script.build_parser(), argv.split())
-    hybrid, script_args = script._translate(args, rest)
-    assert args.script == "s.py"
-    assert script_args == expected.split()
-    assert (hybrid is not None) == ("hybrid-cond" in argv)
-
-
-def test_launch_refuses_other_pipelines_and_puts_xdits_back():
-    from hybridiff_xdit.xdit import pipelines
-
-    xfuser = pipelines.import_xfuser()
-
-    def names():
-        return xfuser.xFuserStableDiffusion3Pipeline, pipelines.xFuserPipelineBaseWrapper.__init__
-
-    before = names()
-    with script.replaced_pipelines(HybridConfig()):
-        assert issubclass(xfuser.xFuserStableDiffusion3Pipeline, pipelines.HybridCond)
-        with pytest.raises(ValueError, match="SD3 and SDXL pipelines, not xFuserFluxPipeline"):
-            xfuser.xFuserFluxPipeline(None, None)
-    assert names() == before
+    assert "xdit-hybrid plan --model" in text
 
 
 def test_the_command_ends_with_the_status_of_torchrun(tmp_path):
@@ -490,12 +443,25 @@ def test_checkpoints(model, tmp_path, monkeypatch):
     (tmp_path / "sdxl").rename(tmp_path / "emoji-sdxl")
     assert resolve("emoji-sdxl").family == "sdxl"
     (tmp_path / "emoji-sdxl" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(ValueError, match="FluxPipeline"):
-        resolve("emoji-sdxl")
+    assert resolve("emoji-sdxl").pipeline == "FluxPipeline"
+    assert resolve("owner/name").pipeline is None
+    assert resolve("SD3.5") == replace(resolve("sd3.5-large"), name="SD3.5")
+    for name in ("nothing", str(tmp_path), "owner/name/more"):
+        with pytest.raises(ValueError, match="no such model"):
+            resolve(name)
 
 
-def test_the_pipelines_check_the_degrees():
-    from hybridiff_xdit.xdit import pipelines
+def test_xdits_names_are_known_and_its_models_are_not_planned(launched, monkeypatch, capsys):
+    assert {"Wan2.1-T2V", "Qwen/Qwen-Image", "LTX-2"} < compat.models_of_xdit()
+    monkeypatch.setattr(cli, "count_gpus", lambda: 8)
+    cli.main(["--parallel", "hybrid-cond", "--model", "Wan2.1-T2V", "--prompt", "cat"])
+    assert nproc(launched[0]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "of 8 GPUs 2 are used" in line and "--ulysses_degree 4" in line
+
+
+def test_the_groups_check_the_degrees():
+    from hybridiff_xdit.xdit import groups
 
     def engine(**changes):
         degrees = {f"{name}_degree": 1 for name in ("dp", "ulysses", "ring", "pp", "tp", "fs")}
@@ -504,13 +470,13 @@ def test_the_pipelines_check_the_degrees():
         return SimpleNamespace(parallel_config=parallel, runtime_config=off, fast_attn_config=off)
 
     two, four = HybridConfig(), HybridConfig(stages=4)
-    pipelines._check(engine(), two)
-    pipelines._check(engine(pp_degree=2), four)
-    pipelines._check(engine(cfg_degree=1), two)  # one process
+    groups._check(engine(), two)
+    groups._check(engine(pp_degree=2), four)
+    groups._check(engine(cfg_degree=1), two)  # one process
     for alone, hybrid in ((engine(cfg_degree=1, dp_degree=2), two), (engine(cfg_degree=1), four)):
         with pytest.raises(ValueError, match="--use_cfg_parallel"):
-            pipelines._check(alone, hybrid)
+            groups._check(alone, hybrid)
     for hybrid, degree in ((two, 2), (four, 1), (four, 4)):
         words = rf"--hybrid_stages {hybrid.stages} .*--pipefusion_parallel_degree, and that is {degree}"
         with pytest.raises(ValueError, match=words):
-            pipelines._check(engine(pp_degree=degree), hybrid)
+            groups._check(engine(pp_degree=degree), hybrid)

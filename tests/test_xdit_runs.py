@@ -4,8 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import time
-from importlib.metadata import files
 
 import numpy as np
 import pytest
@@ -175,52 +173,6 @@ def test_a_wrong_flag_of_xdits_is_told_once(models, tmp_path):
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert re.fullmatch(r"xdit-hybrid: error on rank \d: argument --seed: invalid int value: 'first'", line)
-
-
-def launch(script, model, *flags, cwd, processes=2, check=True, start=run_module):
-    """What ``hybridiff_xdit.launch`` makes of a script; ``start=torchrun`` starts it as a user does."""
-    size = ("--height", 32, "--width", 32, "--num_inference_steps", 10, "--guidance_scale", 5)
-    shim = TESTS / "xdit_cuda_shim.py"
-    prompts = ("--prompt", "a cat", "two dogs")
-    command = ("hybridiff_xdit.launch", shim, script, "--model", model, *prompts, *size, *flags)
-    return start(*["-m"][: start is torchrun], *command, cwd=cwd, processes=processes, check=check)
-
-
-def test_launch_runs_an_sd3_script(models, tmp_path):
-    flags = ("--parallel", "hybrid-cond", "--hybrid-policy=paper", "--hybrid_report", tmp_path)
-    launch(TESTS / "xdit_sd3_script.py", models / "sd3", *flags, cwd=tmp_path, start=torchrun)
-    assert len(list(tmp_path.glob("sd3_cfg2_*.png"))) == 2
-    assert "P" in json.loads((tmp_path / "report.json").read_text())["plan"]
-
-
-def test_launch_runs_xdits_sdxl_example(models, tmp_path):
-    example = next(path for path in files("xfuser") or () if str(path) == "examples/sdxl_example.py").locate()
-    (tmp_path / "results").mkdir()  # the example expects it
-    flags = ("--parallel", "hybrid-cond", "--hybrid-speedup=2.3", "--hybrid_kinds", "FP", "--hybrid_report", tmp_path)
-    launch(example, models / "sdxl", *flags, cwd=tmp_path)
-    assert len(list((tmp_path / "results").glob("*_cfg2_*.png"))) == 2
-    assert "P" in json.loads((tmp_path / "report.json").read_text())["plan"]
-
-
-@pytest.mark.parametrize("processes", [1, 3])
-def test_wrong_world_size(models, processes, tmp_path):
-    start = time.monotonic()
-    result = launch(
-        *(TESTS / "xdit_sd3_script.py", models / "sd3", "--parallel", "hybrid-cond"),
-        processes=processes,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert result.returncode != 0
-    assert f"needs 2 processes, not {processes}: use --nproc_per_node=2" in result.stderr
-    assert time.monotonic() - start < 60
-
-
-def test_wrong_combination_under_launch(models, tmp_path):
-    flags = ("--parallel", "hybrid-cond", "--pipefusion-parallel-degree", 2)
-    result = launch(TESTS / "xdit_sd3_script.py", models / "sd3", *flags, cwd=tmp_path, check=False)
-    assert result.returncode != 0
-    assert "cannot be combined with --pipefusion_parallel_degree 2" in result.stderr
 
 
 def test_runner_refuses_a_wrong_world_size(models, tmp_path):

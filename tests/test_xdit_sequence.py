@@ -12,7 +12,6 @@ import pytest
 import tiny
 import torch
 import xdit_tiny
-from diffusers import DiffusionPipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,8 +34,7 @@ def run(request, tmp_path_factory):
     processes = stages * degree
     folder = tmp_path_factory.mktemp("models")
     xdit_tiny.save("sd3", folder)
-    pipe = DiffusionPipeline.from_pretrained(folder / "sd3", **xdit_tiny.ABSENT["sd3"])
-    pipe.set_progress_bar_config(disable=True)
+    pipe = xdit_tiny.load(folder / "sd3")
     if name == "sd35":
         pipe.transformer = tiny.mmdit(dual_attention_layers=(0, 1), qk_norm="rms_norm")
         pipe.save_pretrained(folder / name)

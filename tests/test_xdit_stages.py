@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import xdit_tiny
 from diffusers import DiffusionPipeline
-from nursery import TESTS, run_module
+from nursery import run_module
 from PIL import Image
 
 from hybridiff_xdit import HybridConfig, apply_hybrid
-from hybridiff_xdit.xdit.pipelines import stage_ranks
+from hybridiff_xdit.xdit.groups import stage_ranks
 
 from xfuser.core.distributed.utils import RankGenerator  # isort: skip  # it imports only after ours
 
@@ -59,19 +59,3 @@ def test_the_groups_follow_xdits_numbers(data, stages, shards):
     """xDiT numbers ranks, but makes no group of pipeline and branch."""
     generator = RankGenerator(1, shards, stages // 2, 2, data, 1, "tp-sp-pp-cfg-dp")
     assert stage_ranks(data * stages * shards, stages, shards) == generator.get_ranks("pp-cfg")
-
-
-def test_a_script_under_the_launcher(tmp_path):
-    xdit_tiny.save("sd3", tmp_path)
-    size = ("--height", 32, "--width", 32, "--num_inference_steps", 10, "--guidance_scale", 5)
-    script = (
-        TESTS / "xdit_cuda_shim.py",
-        TESTS / "xdit_sd3_script.py",
-        "--model",
-        tmp_path / "sd3",
-        "--prompt",
-        "a cat",
-    )
-    flags = ("--parallel", "hybrid-cond", "--hybrid_stages", 4, "--hybrid_plan", PLAN, "--hybrid_report", tmp_path)
-    run_module("hybridiff_xdit.launch", *script, *size, *flags, processes=4, cwd=tmp_path)
-    assert json.loads((tmp_path / "report.json").read_text())["plan"] == PLAN

@@ -12,13 +12,14 @@ import torch.distributed as dist
 import xdit_tiny
 
 from hybridiff_xdit import HybridConfig, last_report
+from hybridiff_xdit.xdit.batch import share_of_call
+from hybridiff_xdit.xdit.groups import apply_on_groups
 from hybridiff_xdit.xdit.options import build_parser
-from hybridiff_xdit.xdit.pipelines import HybridStableDiffusion3Pipeline, HybridStableDiffusionXLPipeline
 
+from distvae.vae import parallelize_decoder  # isort: skip
 from xfuser import xFuserArgs  # isort: skip  # it imports only after ours
-from xfuser.core.distributed import get_cfg_group, get_runtime_state, get_sp_group
+from xfuser.core.distributed import get_cfg_group, get_runtime_state, get_sp_group, get_vae_parallel_group
 
-PIPELINES = {"sd3": HybridStableDiffusion3Pipeline, "sdxl": HybridStableDiffusionXLPipeline}
 CASES = {
     "one": {"prompt": "a cat", "negative_prompt": "ugly"},
     "three": {"prompt": ["a cat", "two dogs", "red"], "negative_prompt": ["ugly", "grey", "dull"]},
@@ -30,19 +31,19 @@ COMMON = {**xdit_tiny.COMMON, "num_inference_steps": 6, "guidance_scale": 5.0}
 def main(folder: Path, flags: list[str]) -> None:
     results = {}
     common = COMMON | ({"output_type": "pt"} if "--use_parallel_vae" in flags else {})
-    for name, base in PIPELINES.items():
+    for name in ("sd3", "sdxl"):
         if name == "sdxl" and "--ulysses_degree" in flags:
             continue
         given = ["--model", str(folder / name), "--prompt", "", "--use_cfg_parallel", *flags]
         engine_config, _ = xFuserArgs.from_cli_args(build_parser().parse_args(given)).create_config()
-        pipe = base.with_config(HybridConfig(policy="cfg", report=folder / f"report-{name}")).from_pretrained(
-            pretrained_model_name_or_path=folder / name, engine_config=engine_config, **xdit_tiny.ABSENT[name]
-        )
-        pipe.module.set_progress_bar_config(disable=True)
+        config = HybridConfig(policy="cfg", report=folder / f"report-{name}")
+        pipe = apply_on_groups(xdit_tiny.load(folder / name), config, engine_config)
+        if is_split := "--use_parallel_vae" in flags:
+            parallelize_decoder(pipe.vae, get_vae_parallel_group().device_group)
         for case, call in CASES.items():
-            output = pipe(**call, **common, generator=xdit_tiny.generator())
-            results[name, case] = output and output.images
-        results[name, "plan"] = (last_report(pipe.module) or {}).get("plan")
+            call = {**call, **common, "generator": xdit_tiny.generator()}
+            results[name, case] = share_of_call(pipe, call, decodes=is_split)
+        results[name, "plan"] = (last_report(pipe) or {}).get("plan")
     results["node"] = os.environ["GROUP_RANK"]
     results["ranks"] = get_cfg_group().ranks, get_sp_group().ranks
     torch.save(results, folder / f"rank{dist.get_rank()}.pt")

@@ -14,8 +14,9 @@ import xdit_tiny
 from ranks import waiting_at_once
 
 from hybridiff_xdit import HybridConfig, last_report, remove_hybrid
+from hybridiff_xdit.xdit.batch import share_of_call
+from hybridiff_xdit.xdit.groups import apply_on_groups, stage_group
 from hybridiff_xdit.xdit.options import build_parser
-from hybridiff_xdit.xdit.pipelines import HybridStableDiffusion3Pipeline, stage_group
 
 from xfuser import xFuserArgs  # isort: skip  # it imports only after ours
 from xfuser.core.distributed import get_cfg_group, get_pp_group, get_runtime_state, get_sp_group
@@ -35,27 +36,23 @@ def main(folder: Path, name: str, flags: list[str]) -> None:
     results, pipes = {}, {}
 
     def load(config: HybridConfig):
-        pipe = HybridStableDiffusion3Pipeline.with_config(replace(config, stages=stages)).from_pretrained(
-            pretrained_model_name_or_path=folder / name, engine_config=engine_config, **xdit_tiny.ABSENT["sd3"]
-        )
-        pipe.module.set_progress_bar_config(disable=True)
-        return pipe
+        return apply_on_groups(xdit_tiny.load(folder / name), replace(config, stages=stages), engine_config)
 
     def latents(pipe, **kwargs):
-        # Past the wrapper, which hands pictures to the last rank only.
-        return tiny.call(pipe.module, "sd3", **kwargs)
+        return tiny.call(pipe, "sd3", **kwargs)
 
     for case, config in CASES.items():
         pipe = pipes[case] = load(config)
         latents(pipe, seed=3)  # the second call must not see the first
-        results[case] = latents(pipe), last_report(pipe.module)
+        results[case] = latents(pipe), last_report(pipe)
     with waiting_at_once():
         results["waiting"] = latents(pipes["reuse"])
-    processors = lambda: {type(p).__name__ for p in pipe.module.transformer.attn_processors.values()}  # noqa: E731
-    output = pipe(**xdit_tiny.CALLS["sd3"], **xdit_tiny.COMMON, generator=xdit_tiny.generator())
+    processors = lambda: {type(p).__name__ for p in pipe.transformer.attn_processors.values()}  # noqa: E731
+    call = {**xdit_tiny.CALLS["sd3"], **xdit_tiny.COMMON, "generator": xdit_tiny.generator()}
+    made = share_of_call(pipe, call)
     results["group"] = dist.get_process_group_ranks(stage_group(stages, get_sp_group().world_size))
-    results["xdit's"] = get_cfg_group().ranks, get_pp_group().ranks, output is not None
-    results["processors"] = [processors(), remove_hybrid(pipe.module) and processors()]
+    results["xdit's"] = get_cfg_group().ranks, get_pp_group().ranks, bool(made)
+    results["processors"] = [processors(), remove_hybrid(pipe) and processors()]
     results["plain"] = latents(pipe)
 
     def fails(**kwargs) -> str:

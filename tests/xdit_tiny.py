@@ -6,6 +6,7 @@ from pathlib import Path
 
 import tiny
 import torch
+from diffusers import DiffusionPipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
@@ -61,6 +62,13 @@ CALLS = {
 }
 COMMON = {"height": 32, "width": 32, "output_type": "latent"}
 ABSENT = {"sd3": {"text_encoder_3": None, "tokenizer_3": None}, "sdxl": {}}
+
+
+def load(folder: Path) -> DiffusionPipeline:
+    """The pipeline of a checkpoint."""
+    pipe = DiffusionPipeline.from_pretrained(folder, **ABSENT["sdxl" if folder.name == "sdxl" else "sd3"])
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def generator() -> torch.Generator:

@@ -1,4 +1,4 @@
-"""One rank of xDiT's pipelines under hybrid-cond: ``torchrun xdit_worker.py FOLDER`` saves what each case gives."""
+"""One rank of pipelines on xDiT's groups: ``xdit_worker.py FOLDER`` saves what each case gives."""
 
 import sys
 from pathlib import Path
@@ -7,12 +7,12 @@ import torch
 import xdit_tiny
 
 from hybridiff_xdit import HybridConfig, last_report
-from hybridiff_xdit.xdit.pipelines import HybridStableDiffusion3Pipeline, HybridStableDiffusionXLPipeline
+from hybridiff_xdit.xdit.batch import share_of_call
+from hybridiff_xdit.xdit.groups import apply_on_groups
 
 from xfuser import xFuserArgs  # isort: skip  # it imports only after ours
 from xfuser.core.distributed import get_runtime_state, get_world_group
 
-PIPELINES = {"sd3": HybridStableDiffusion3Pipeline, "sdxl": HybridStableDiffusionXLPipeline}
 CONFIGS = {
     "cfg": HybridConfig(policy="cfg"),
     "fixed": HybridConfig(plan="FFPPFPFF", guidance="reuse"),
@@ -22,17 +22,14 @@ CONFIGS = {
 
 def main(folder: Path) -> None:
     results = {}
-    for name, base in PIPELINES.items():
+    for name in ("sd3", "sdxl"):
         engine_config, _ = xFuserArgs(model=str(folder / name), use_cfg_parallel=True).create_config()
         for policy, config in CONFIGS.items():
-            pipe = base.with_config(config, name).from_pretrained(
-                pretrained_model_name_or_path=folder / name,
-                engine_config=engine_config,
-                **xdit_tiny.ABSENT[name],
-            )
+            pipe = apply_on_groups(xdit_tiny.load(folder / name), config, engine_config, model=name)
+            call = {**xdit_tiny.CALLS[name], **xdit_tiny.COMMON}
             for _ in range(2):  # the second call must not see the first
-                output = pipe(**xdit_tiny.CALLS[name], **xdit_tiny.COMMON, generator=xdit_tiny.generator())
-            results[name, policy] = output and output.images, last_report(pipe.module)
+                made = share_of_call(pipe, {**call, "generator": xdit_tiny.generator()})
+            results[name, policy] = torch.stack(made) if made else None, last_report(pipe)
     torch.save(results, folder / f"rank{get_world_group().rank}.pt")
     get_runtime_state().destroy_distributed_env()
 

@@ -161,6 +161,9 @@ class _Shrinking(ModelMixin, ConfigMixin):
     def encode(self, video: torch.Tensor) -> SimpleNamespace:
         return SimpleNamespace(latents=self.convolution(video[:, :, 0])[:, :, None])
 
+    def decode(self, latents: torch.Tensor) -> None:
+        raise NotImplementedError
+
 
 def qwen_edit() -> DiffusionPipeline:
     vae = _model(_Shrinking)
@@ -355,7 +358,7 @@ def lumina2() -> DiffusionPipeline:
         num_layers=2,
         num_refiner_layers=1,
         num_attention_heads=2,
-        num_kv_heads=1,
+        num_kv_heads=2,
         multiple_of=16,
         axes_dim_rope=AXES,
         axes_lens=(64, 16, 16),

@@ -33,11 +33,13 @@ class SequenceSplit:
     Args:
         comm: the sequence group.
         attention: ``attention(image, text)``, each a triple of query, key and value, [B, H, N / P, D] of this rank's
-            shard and [B, H, S, D] of all text (or None); returns [B, H, N / P + S, D], text last.
+            shard and [B, H, S, D] of all text (or None); returns [B, H, N / P + S, D], text last. None where the
+            denoiser's own forward splits its tokens and gathers its prediction, as those of xDiT do.
     """
 
-    def __init__(self, comm: Comm, attention: Callable[[Heads, Heads | None], torch.Tensor]) -> None:
+    def __init__(self, comm: Comm, attention: Callable[[Heads, Heads | None], torch.Tensor] | None) -> None:
         self.comm = comm
+        self.is_within = attention is None
         self._attention = attention
         self._undo: list[Callable[[], None]] = []
 
@@ -93,6 +95,7 @@ class SequenceSplit:
         if isinstance(image[0], FakeTensor):
             query, key, value = (torch.cat(pair, dim=2) for pair in zip(image, text, strict=True)) if text else image
             return scaled_dot_product_attention(query, key, value)
+        assert self._attention is not None
         return self._attention(image, text)
 
 

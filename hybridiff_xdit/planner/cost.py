@@ -49,7 +49,7 @@ from .denoisers import branch_inputs, build
 if TYPE_CHECKING:
     from ..evaluate.stages.anatomy import Anatomy, Inputs
     from ..evaluate.stages.cuts import Partition
-    from ..seam.checkpoints import Checkpoint
+    from ..seam.checkpoints import FamilyCheckpoint
 
 
 class Link(NamedTuple):
@@ -296,7 +296,7 @@ def _kind(anatomy: Anatomy) -> str:
     return f"{anatomy.family}, qk_norm" if config.get("qk_norm") else anatomy.family
 
 
-def cost_of(checkpoint: Checkpoint, height: int, width: int) -> Cost:
+def cost_of(checkpoint: FamilyCheckpoint, height: int, width: int) -> Cost:
     """Of a checkpoint's denoiser, from its configuration; ``height`` and ``width`` of the picture in pixels.
 
     Raises:
@@ -312,7 +312,7 @@ def cost_of(checkpoint: Checkpoint, height: int, width: int) -> Cost:
         raise ValueError(f"{checkpoint.name} at {height} x {width} px: {reason}. Choose another size.") from error
 
 
-def calibrate(checkpoint: Checkpoint, height: int, width: int, device: torch.device) -> Speed:
+def calibrate(checkpoint: FamilyCheckpoint, height: int, width: int, device: torch.device) -> Speed:
     """Time a branch's forward on this device at the size and at half the side; the rest is as stored.
 
     With random weights; on a GPU by CUDA graph in the checkpoint's dtype, on a CPU in float32.
@@ -349,6 +349,6 @@ def calibrate(checkpoint: Checkpoint, height: int, width: int, device: torch.dev
     return replace(SPEEDS["H100"][_kind(anatomy)], fixed=line.fixed, rate=line.rate)
 
 
-def _latents(checkpoint: Checkpoint, height: int, width: int) -> tuple[int, int]:
+def _latents(checkpoint: FamilyCheckpoint, height: int, width: int) -> tuple[int, int]:
     scale = checkpoint.size // checkpoint.denoiser["sample_size"]
     return height // scale, width // scale

@@ -64,14 +64,12 @@ class _Session:
         self._is_running = self._has_timesteps = self._is_agreed = False
         self._bar: Any = None
         self._undo = ExitStack()
-        executor = None
-        if sequence is not None or config.has_stages:
+        executor, is_split = None, sequence is not None and not sequence.is_within
+        if is_split or config.has_stages:
             anatomy = read(denoiser_of(pipe))
-            if sequence is not None:
+            if sequence is not None and is_split:
                 sequence.apply(anatomy)
                 self._undo.callback(sequence.remove)
-                # They hold the exchanges between its ranks.
-                self._undo.callback(release_before_groups(self.graphs(anatomy.denoiser)))
             if config.has_stages:
                 executor = Executor(anatomy, comm, self.graphs(anatomy.denoiser), self.across, config.stages)
         streams = Streams(comm, self.across, self.graphs, is_apart)
@@ -91,7 +89,9 @@ class _Session:
     def graphs(self, denoiser: torch.nn.Module) -> Graphs:
         """How a denoiser's kernels are launched."""
         if denoiser not in self._graphs:
-            self._graphs[denoiser] = Graphs(denoiser, self.config.cuda_graphs is not False, self.across)
+            graphs = self._graphs[denoiser] = Graphs(denoiser, self.config.cuda_graphs is not False, self.across)
+            if self.across is not None:  # they hold exchanges between its ranks
+                self._undo.callback(release_before_groups(graphs))
         return self._graphs[denoiser]
 
     def _warn(self, message: str) -> None:
@@ -335,9 +335,9 @@ def denoiser_of(pipe: Any) -> torch.nn.Module:
         ValueError: it has none, or no scheduler.
     """
     denoisers = _denoisers(pipe)
-    if not denoisers or getattr(pipe, "scheduler", None) is None:
+    if not denoisers or not hasattr(type(getattr(pipe, "scheduler", None)), "set_timesteps"):
         raise ValueError(
-            f"hybrid-cond needs a pipeline with a scheduler and a denoiser ({', '.join(DENOISERS)}); "
+            f"hybrid-cond needs a pipeline with a scheduler of diffusers' and a denoiser ({', '.join(DENOISERS)}); "
             f"{type(pipe).__name__} has none."
         )
     return getattr(denoisers[0], "_orig_mod", denoisers[0])
@@ -383,7 +383,8 @@ def apply_hybrid(
         group: the ranks, uncond's first, then cond's; default the default group. PIPELINED steps need as many as there
             are stages; else there may be any number, of which not more than there are streams have work to do.
         sequence: splits the tokens of what this rank evaluates over a group of its own (an MMDiT's; `xdit.sequence`
-            makes it on xDiT's groups). ``group`` is then this rank and those of equal place in the other such groups.
+            makes it on xDiT's groups), or says that the denoiser does. ``group`` is then this rank and those of equal
+            place in the other such groups.
         model: name for the report; default the checkpoint the pipeline was loaded from.
         simulate: this process plays two ranks (or as many as there are stages) in turn, on its own: their pictures,
             without their speed.

@@ -48,7 +48,8 @@ def watch(owner: Any, thread: int | None = None, **handlers: Handler) -> Callabl
     Returns:
         What ends it.
     """
-    names = frozenset(name for name in handlers if hasattr(owner, name))
+    # Not what the object hands on to another (`__getattr__`): who watches that one is told.
+    names = frozenset(name for name in handlers if hasattr(type(owner), name) or name in vars(owner))
     watching = _Watching(thread, {name: handlers[name] for name in names})
     stack = _HANDLERS.setdefault(owner, [])
     if not stack:

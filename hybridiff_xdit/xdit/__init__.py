@@ -1,6 +1,6 @@
-"""The xDiT door: `hybrid-cond` on xDiT's groups, runtime state, runner and example scripts.
+"""The xDiT door: `hybrid-cond` on xDiT's groups, runtime state and runner.
 
-The only folder that imports xfuser. Reading order: `options` (the flags), `compat` (what we touch of xDiT),
-`pipelines`, `models` and `runner` (xDiT's runner with ours in it), `processes` (torchrun), `output` (what is shown),
-`cli` (``xdit-hybrid``), `compare` (``xdit-hybrid compare``), `script` (``python -m hybridiff_xdit.launch``).
+The only folder that imports xfuser. Reading order: `options` (the flags), `compat` (what we touch of xDiT), `sequence`,
+`groups` and `batch` (the strategy on xDiT's groups), `models` and `runner` (xDiT's runner with the strategy in it),
+`processes` (torchrun), `output` (what is shown), `cli` (``xdit-hybrid``), `compare` (``xdit-hybrid compare``).
 """

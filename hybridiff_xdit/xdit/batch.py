@@ -12,6 +12,15 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..seam.hooks import denoiser_of
+from .compat import import_xfuser
+
+import_xfuser()
+
+from xfuser.core.distributed import (  # noqa: E402
+    get_data_parallel_rank,
+    get_data_parallel_world_size,
+    is_dp_last_group,
+)
 
 #: Arguments of a pipeline's call that have an entry a prompt.
 _PER_PROMPT = tuple(f"{negative}{name}" for negative in ("", "negative_") for name in (
@@ -24,6 +33,31 @@ class Share(NamedTuple):
 
     start: int
     stop: int
+
+
+def share_of_call(pipe: Any, call: dict[str, Any], *, decodes: bool = False) -> list[Any]:
+    """Make this data parallel group's share of the pictures or videos of a call.
+
+    As in xDiT, the last rank of each group hands out what the group has made (perhaps nothing), the others nothing.
+
+    Args:
+        pipe: the diffusers pipeline, with the strategy on it.
+        call: arguments of its call, the same on every rank.
+        decodes: whether all ranks take part in the decoding.
+
+    Raises:
+        ValueError: as `deal`.
+    """
+    is_last = is_dp_last_group()
+    if not is_last and not decodes:
+        call = {**call, "output_type": "latent"}  # what nobody will see needs no decoding
+    share: dict[str, Any] | None = call
+    if (groups := get_data_parallel_world_size()) > 1:
+        share = deal(pipe, call, get_data_parallel_rank(), groups)
+    output = pipe(**share) if share else None
+    if output is None or not is_last:
+        return []
+    return list(output.frames if hasattr(output, "frames") else output.images)
 
 
 def share_of(count: int, group: int, groups: int) -> Share:

@@ -17,7 +17,7 @@ import torch
 from .. import planner
 from ..config import HybridConfig
 from ..schedule.plan import StepKind
-from ..seam.checkpoints import resolve
+from ..seam.checkpoints import resolve_family
 from . import compare, options, processes
 from .compat import count_gpus
 from .output import quieten
@@ -64,7 +64,7 @@ def plan(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     gpus = args.gpus or count_gpus() or 8
     try:
-        checkpoint = resolve(args.model)
+        checkpoint = resolve_family(args.model)
         height, width = ((side or args.size or checkpoint.size) for side in (args.height, args.width))
         steps = args.steps or checkpoint.steps
         config = HybridConfig(speedup=args.hybrid_speedup, plan=args.hybrid_plan)

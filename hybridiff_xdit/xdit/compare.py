@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from ..config import TOLERANCE, HybridConfig
-from ..seam.checkpoints import Checkpoint, resolve
+from ..seam.checkpoints import FamilyCheckpoint, resolve
 from . import options, output, processes
 
 logger = logging.getLogger(__name__)
@@ -179,19 +179,17 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[Any, dict[str,
     from diffusers import DiffusionPipeline
 
     call = {name: getattr(args, name) for name in _CALL if getattr(args, name) is not None}
-    checkpoint: Checkpoint | None = None
     try:
         checkpoint = resolve(args.model)
+    except ValueError as error:
+        raise processes.UsageError(f"xdit-hybrid compare: error: {error}") from error
+    if isinstance(checkpoint, FamilyCheckpoint):
         size = {"height": checkpoint.size, "width": checkpoint.size}
         call = {**size, "num_inference_steps": checkpoint.steps, "guidance_scale": checkpoint.guidance_scale, **call}
-    except ValueError as error:
-        if "/" not in args.model and not Path(args.model, "model_index.json").is_file():
-            raise processes.UsageError(f"xdit-hybrid compare: error: {error}") from error
-    dtype = checkpoint.dtype if checkpoint else torch.bfloat16
     pipe = DiffusionPipeline.from_pretrained(
-        checkpoint.source if checkpoint else args.model,
-        dtype=dtype if device.type == "cuda" else torch.float32,
-        **dict.fromkeys(checkpoint.absent if checkpoint else ()),
+        checkpoint.source,
+        dtype=checkpoint.dtype if device.type == "cuda" else torch.float32,
+        **dict.fromkeys(checkpoint.absent),
     )
     accepted = inspect.signature(pipe.__call__).parameters
     if wrong := [f"--{name}" for name in call if name not in accepted]:

@@ -57,10 +57,20 @@ def flags_of_xdit() -> set[str]:
     Raises:
         ValueError: xDiT is not installed.
     """
+    return set(re.findall(r'"(--\w+)"', (_folder_of_xdit() / "config" / "args.py").read_text()))
+
+
+def models_of_xdit() -> set[str]:
+    """Every name of a model of xDiT's runner, read likewise. Raises as `flags_of_xdit`."""
+    files = (_folder_of_xdit() / "model_executor" / "models" / "runner_models").glob("*.py")
+    return {name for file in files for name in re.findall(r'@register_model\("([^"]+)"\)', file.read_text())}
+
+
+def _folder_of_xdit() -> Path:
     spec = importlib.util.find_spec("xfuser")
     if spec is None or spec.origin is None:
         raise ValueError("--parallel needs xDiT: pip install hybridiff_xdit[xdit].")
-    return set(re.findall(r'"(--\w+)"', (Path(spec.origin).parent / "config" / "args.py").read_text()))
+    return Path(spec.origin).parent
 
 
 def restore_xfuser() -> None:
@@ -196,57 +206,27 @@ LEDGER = (
         "called at the end without a GPU, where the runner's own cleanup synchronizes CUDA",
         _CPU,
     ),
-    Seam("xfuser", "xFuserStableDiffusion3Pipeline", None, "subclassed; replaced under launch", _STRATEGY),
-    Seam("xfuser", "xFuserStableDiffusionXLPipeline", None, "subclassed; replaced under launch", _STRATEGY),
-    Seam(
-        "xfuser",
-        "xFuserStableDiffusion3Pipeline.from_pretrained",
-        ("pretrained_model_name_or_path", "engine_config"),
-        "inherited",
-        _NEVER,
+    *(
+        Seam(
+            "xfuser",
+            f"{name}.from_pretrained",
+            ("pretrained_model_name_or_path", "engine_config"),
+            "xDiT's own strategies on SD3 and SDXL, to compare with",
+            _NEVER,
+        )
+        for name in ("xFuserStableDiffusion3Pipeline", "xFuserStableDiffusionXLPipeline")
     ),
+    Seam(_BASE, "xFuserPipelineBaseWrapper", None, "its scheduler is diffusers' again", _STRATEGY),
+    Seam(_GROUPS, "parallel_state", None, "the module of the next three", _NEVER),
+    Seam(_STATE, "_CFG", None, "while a model of xDiT's runs it is a group of one", _STRATEGY),
+    Seam(_STATE, "get_tp_group", (), "that group", _STRATEGY),
+    Seam(_STATE, "model_parallel_is_initialized", (), "whether there are groups", _NEVER),
     Seam(
-        "xfuser",
-        "xFuserStableDiffusionXLPipeline.from_pretrained",
-        ("pretrained_model_name_or_path", "engine_config"),
-        "inherited",
-        _NEVER,
-    ),
-    Seam(_BASE, "xFuserPipelineBaseWrapper", None, "the wrapper under both", _NEVER),
-    Seam(
-        _BASE,
-        "xFuserPipelineBaseWrapper.__init__",
+        _GROUPS + ".runtime_state",
+        "initialize_runtime_state",
         ("pipeline", "engine_config"),
-        "called past the SDXL wrapper, whose __init__ patches the U-Net; guarded under launch",
-        "xDiT's SDXL works with several prompts and images, and " + _STRATEGY,
-    ),
-    Seam(
-        _BASE,
-        "xFuserPipelineBaseWrapper._init_runtime_state",
-        ("pipeline", "engine_config"),
-        "overridden for U-Nets, to make that class's",
-        "the same",
-    ),
-    Seam(
-        _BASE,
-        "xFuserPipelineBaseWrapper._convert_transformer_backbone",
-        ("transformer",),
-        "overridden: the denoiser stays diffusers' own",
-        _STRATEGY,
-    ),
-    Seam(
-        _BASE,
-        "xFuserPipelineBaseWrapper._convert_scheduler",
-        ("scheduler",),
-        "overridden: the scheduler stays diffusers' own",
-        _STRATEGY,
-    ),
-    Seam(
-        _BASE,
-        "xFuserPipelineBaseWrapper.prepare_run",
-        ("input_config", "steps", "sync_steps"),
-        "overridden: its 3-step warm-up fits no plan",
-        _STRATEGY,
+        "called for a script that has not made xDiT's groups",
+        _NEVER,
     ),
     Seam("xfuser.core.utils.runner_utils", "is_last_process", (), "who has the pictures to tell of", _NEVER),
     Seam(_RUNNER, "xFuserModelRunner", ("config",), "subclassed", _NEVER),
@@ -264,9 +244,10 @@ LEDGER = (
     Seam(_RUNNER, "xFuserModelRunner.save", ("output", "timings", "profile"), "called", _NEVER),
     Seam(_RUNNER, "xFuserModelRunner.cleanup", (), "overridden without a GPU: it synchronizes CUDA", _CPU),
     Seam(_MODELS, "MODEL_REGISTRY", None, "looked up by name", _NEVER),
-    Seam(_MODELS, "register_model", ("name",), "registers ours, under names of our own", _NEVER),
     Seam(_MODELS, "xFuserModel", ("config",), "subclassed", _NEVER),
-    Seam(_MODELS, "xFuserModel._validate_args", ("input_args",), "called without a GPU", _CPU),
+    Seam(
+        _MODELS, "xFuserModel._validate_args", ("input_args",), "overridden: flags without effect are refused", _NEVER
+    ),
     Seam(
         _MODELS,
         "xFuserModel.initialize",

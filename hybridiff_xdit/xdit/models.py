@@ -1,100 +1,304 @@
-"""xDiT runner models for SD3, SD3.5 and SDXL, under names of our own in xDiT's registry."""
+"""Models of xDiT's runner: its own under hybrid-cond, and any diffusers pipeline that has no model there.
+
+xDiT's classes are taken as they are. They load the pipeline, split its tokens, call it and save what it makes; what
+hybrid-cond adds is in `HybridModel`, which `with_hybrid` puts before any of them.
+"""
 
 from __future__ import annotations
 
-import logging
+import inspect
+import re
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import diffusers
 import torch
 import torch.distributed as dist
 from diffusers import DiffusionPipeline
 
 from .. import HybridConfig
-from ..seam.checkpoints import Checkpoint, resolve
-from .compat import has_accelerator
-from .pipelines import HybridStableDiffusion3Pipeline, HybridStableDiffusionXLPipeline, many_pairs
+from ..seam.checkpoints import Checkpoint, FamilyCheckpoint, resolve
+from ..seam.hooks import DENOISERS, denoiser_of
+from . import batch
+from .compat import has_accelerator, import_xfuser
+from .groups import apply_on_groups, compile_blocks, many_pairs, one_branch
 
-from xfuser import (  # isort: skip  # xfuser imports only after .compat
-    xFuserArgs,
-    xFuserStableDiffusion3Pipeline,
-    xFuserStableDiffusionXLPipeline,
-)
-from xfuser.core.distributed import get_data_parallel_world_size, get_world_group
-from xfuser.model_executor.models.runner_models.base_model import (
+import_xfuser()
+
+from xfuser import xFuserArgs, xFuserStableDiffusion3Pipeline, xFuserStableDiffusionXLPipeline  # noqa: E402
+from xfuser.core.distributed import get_data_parallel_world_size, get_world_group  # noqa: E402
+from xfuser.model_executor.models.runner_models.base_model import (  # noqa: E402
+    MODEL_REGISTRY,
     DefaultInputValues,
     DiffusionOutput,
     ModelCapabilities,
     ModelSettings,
-    register_model,
     xFuserModel,
 )
 
-logger = logging.getLogger(__name__)
+#: Where xDiT's own models stand.
+_RUNNERS = "xfuser.model_executor.models.runner_models."
 
-#: Name in xDiT's registry, by checkpoint family.
-REGISTERED = {"sd3": "hybridiff-sd3", "sdxl": "hybridiff-sdxl"}
+#: Frames a second of a video, where no model of xDiT's says how many there are.
+FPS = 16
+
+#: xDiT's model, by the class of a checkpoint's pipeline; with "*", where it has two denoisers.
+OF_PIPELINE = {
+    "WanPipeline": "Wan2.1-T2V",
+    "WanPipeline*": "Wan2.2-T2V",
+    "WanImageToVideoPipeline": "Wan2.1-I2V",
+    "WanImageToVideoPipeline*": "Wan2.2-I2V",
+    "WanVACEPipeline": "Wan2.1-VACE-14B",
+    "QwenImagePipeline": "Qwen-Image",
+    "QwenImageEditPipeline": "Qwen-Image-Edit",
+    "QwenImageEditPlusPipeline": "Qwen-Image-Edit-2509",
+    "HunyuanVideo15Pipeline": "Hunyuanvideo-1.5",
+    "ZImagePipeline": "Z-Image",
+    "LTX2Pipeline": "LTX-2",
+    "Lumina2Pipeline": "Lumina2",
+    "Krea2Pipeline": "Krea-2-Raw",
+    "Ideogram4Pipeline": "Ideogram-4",
+    "Cosmos3OmniPipeline": "Cosmos3-Nano",
+    "FluxPipeline": "FLUX.1-dev",
+    "Flux2KleinPipeline": "FLUX.2-klein-9B",
+}
+
+#: What is asked for unless the user says otherwise, where xDiT's default is to do without guidance.
+GUIDED = {"xFuserQwenImageModel": {"guidance_scale": 4.0, "negative_prompt": " "}}
 
 
-class _Model(xFuserModel):
-    """A checkpoint in diffusers format, run by any of xDiT's strategies or by hybrid-cond."""
+def model_class(name: str, hybrid: HybridConfig | None) -> type[xFuserModel]:
+    """The class of the model that ``--model name`` means, running hybrid-cond if that is given.
 
-    pipeline_class: ClassVar[Any]
-    hybrid_class: ClassVar[Any]
-    settings = ModelSettings(model_output_type="image")
-    hybrid: HybridConfig | None = None
-    checkpoint: Checkpoint
+    xDiT's own where it has one, by its names or by the class of the checkpoint's pipeline; else `DiffusersModel`.
 
-    @classmethod
-    def with_hybrid(cls, hybrid: HybridConfig) -> type[_Model]:
-        """This class, running `hybrid`."""
-        # xDiT counts the ranks of a branch as its PipeFusion degree.
-        capabilities = replace(cls.capabilities, pipefusion_parallel_degree=True)
-        return type(
-            cls.__name__, (cls,), {"hybrid": hybrid, "capabilities": capabilities, "__module__": cls.__module__}
-        )
+    Raises:
+        ValueError: there is no such model.
+    """
+    try:
+        checkpoint = resolve(name)
+    except ValueError:
+        if name not in MODEL_REGISTRY:
+            raise
+        return _class(MODEL_REGISTRY[name], hybrid)
+    if isinstance(checkpoint, FamilyCheckpoint):
+        return _class(DiffusersModel if hybrid else LEGACY[checkpoint.family], hybrid)
+    return _class(MODEL_REGISTRY[name] if name in MODEL_REGISTRY else _of(checkpoint), hybrid)
 
-    def _customize_settings(self, config: xFuserArgs) -> None:
-        self.checkpoint = checkpoint = resolve(config.model)
-        self.settings.model_name = checkpoint.source
-        self.settings.output_name = checkpoint.name.strip("/").rsplit("/")[-1]
-        self.default_input_values = DefaultInputValues(
-            height=checkpoint.size,
-            width=checkpoint.size,
-            num_inference_steps=checkpoint.steps,
-            guidance_scale=checkpoint.guidance_scale,
-        )
 
-    def _load_model(self) -> DiffusionPipeline:
-        dtype = self.checkpoint.dtype if has_accelerator() else torch.float32
-        logger.info("%s in %s", self.checkpoint.name, dtype)
-        cls = self.pipeline_class
-        if self.hybrid:
-            cls = self.hybrid_class.with_config(self.hybrid, self.checkpoint.name)
-        return cls.from_pretrained(
-            pretrained_model_name_or_path=self.checkpoint.source,
-            engine_config=self.engine_config,
-            torch_dtype=dtype,
-            **dict.fromkeys(self.checkpoint.absent),
-        )
+def _of(checkpoint: Checkpoint) -> type[xFuserModel]:
+    index = checkpoint.index or DiffusionPipeline.load_config(checkpoint.source)
+    name = index["_class_name"]
+    has_two = (index.get("transformer_2") or [None, None]) != [None, None]
+    known = "Wan2.2-TI2V" if index.get("expand_timesteps") else OF_PIPELINE.get(f"{name}*" if has_two else name)
+    if known not in MODEL_REGISTRY:
+        return DiffusersModel
+    base = MODEL_REGISTRY[known]
+
+    def _customize_settings(self: xFuserModel, config: xFuserArgs) -> None:
+        base._customize_settings(self, config)
+        self.settings.model_name, self.settings.output_name = checkpoint.source, _output_name(checkpoint.name)
+
+    return type(base.__name__, (base,), {"_customize_settings": _customize_settings, "__module__": base.__module__})
+
+
+def _class(base: type[xFuserModel], hybrid: HybridConfig | None) -> type[xFuserModel]:
+    """A class with what the machine and the strategy add to it."""
+    added = [] if has_accelerator() else [OnCPU]
+    fields: dict[str, Any] = {"__module__": base.__module__}
+    if base.__module__.endswith(".z_image") and not _takes_z_images_call():
+        fields["source"] = base.settings.model_name
+        base = DiffusersModel
+    if hybrid is not None:
+        added.insert(0, HybridModel)
+        defaults = next((GUIDED[cls.__name__] for cls in base.__mro__ if cls.__name__ in GUIDED), {})
+        fields |= {"hybrid": hybrid, "default_input_values": replace(base.default_input_values, **defaults)}
+    return type(base.__name__, (*added, base), fields)
+
+
+def _takes_z_images_call() -> bool:
+    """Whether xDiT's Z-Image takes what diffusers' pipeline calls it with. (xfuser 0.7.0's with 0.42 does not.)"""
+    from diffusers import ZImageTransformer2DModel
+    from xfuser.model_executor.models.transformers.transformer_z_image import xFuserZImageTransformer2DWrapper
+
+    theirs, ours = (
+        inspect.signature(cls.forward) for cls in (ZImageTransformer2DModel, xFuserZImageTransformer2DWrapper)
+    )
+    return "joint_attention_kwargs" in ours.parameters or "joint_attention_kwargs" not in theirs.parameters
+
+
+def _output_name(name: str) -> str:
+    return name.strip("/").rsplit("/")[-1]
+
+
+class HybridModel(xFuserModel):
+    """What a model of the runner gets under hybrid-cond."""
+
+    hybrid: ClassVar[HybridConfig]
+    is_applied = False
+
+    def __init__(self, config: xFuserArgs) -> None:
+        # A model need not know of CFG parallelism or of stages: these are not its own but ours.
+        asked = {name: getattr(config, name) for name in ("use_cfg_parallel", "pipefusion_parallel_degree")}
+        config.use_cfg_parallel, config.pipefusion_parallel_degree = False, 1
+        try:
+            super().__init__(config)
+        finally:
+            for name, value in asked.items():
+                setattr(config, name, value)
+
+    def initialize(self, input_args: dict[str, Any]) -> None:
+        with many_pairs():
+            super().initialize(input_args)
+        self._apply()
+
+    def _apply(self) -> None:
+        if self.is_applied:
+            return
+        splits, name = not isinstance(self, DiffusersModel), self.config.model
+        apply_on_groups(self.pipe, self.hybrid, self.engine_config, model=name, splits=splits)
+        self.is_applied = True
+
+    def _compile_model(self, input_args: dict[str, Any]) -> None:
+        import torch._inductor.config as inductor
+
+        # The ranks compile at different times; this check would have them wait for one another.
+        if hasattr(inductor, "aten_distributed_optimizations"):
+            inductor.aten_distributed_optimizations.spmd_check = False
+        self._apply()  # what is compiled is what will run: one branch's evaluation
+        super()._compile_model(input_args)
+
+    def _get_compile_warmup_steps(self, input_args: dict[str, Any]) -> int | None:
+        return None  # a plan belongs to a run's length
 
     def _run_pipe(self, input_args: dict[str, Any]) -> DiffusionOutput:
-        names = ("prompt", "height", "width", "num_inference_steps", "guidance_scale")
-        kwargs = {name: input_args[name] for name in names}
-        for name in ("negative_prompt", "max_sequence_length"):
-            if input_args.get(name):
-                kwargs[name] = input_args[name]
-        generator = torch.Generator(self.pipe._execution_device).manual_seed(input_args["seed"])
-        output = self.pipe(**kwargs, generator=generator)
-        images = output.images if output else []
-        if self.hybrid or len(input_args["prompt"]) > 1:  # xDiT's own do not deal a single prompt out
-            images = _gathered(images)
-        return DiffusionOutput(images=images, pipe_args=input_args)
+        with nullcontext() if isinstance(self, DiffusersModel) else one_branch():
+            return super()._run_pipe(input_args)
+
+    def _validate_args(self, input_args: dict[str, Any]) -> None:
+        super()._validate_args(input_args)
+        given = [name for name in INPUTS if getattr(self.config, name, None) not in (None, [])]
+        if idle := [f"--{name}" for name in given if name not in read_inputs(self)]:
+            raise ValueError(f"{' and '.join(idle)}: no effect on {self.settings.model_name}. Drop what has none.")
+
+
+#: Flags that describe what is to be made. A model need not read all of them.
+INPUTS = (
+    *("negative_prompt", "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "guidance_scale_2"),
+    *("max_sequence_length", "input_images", "flow_shift"),
+)
+
+
+def read_inputs(model: xFuserModel) -> set[str]:
+    """Which of `INPUTS` a model reads: of one of xDiT's, those that the source of its class names."""
+    if isinstance(model, DiffusersModel):
+        return {flag for flag in INPUTS if model.parameter(flag)}
+    theirs = [cls for cls in type(model).__mro__ if cls.__module__.startswith(_RUNNERS) and cls is not xFuserModel]
+    return {name for cls in theirs for name in re.findall(r"input_args(?:\.get\(|\[)\"(\w+)", inspect.getsource(cls))}
+
+
+class DiffusersModel(xFuserModel):
+    """Any diffusers pipeline, called with what the user gives of what its call takes."""
+
+    capabilities = ModelCapabilities(use_parallel_vae=True, enable_slicing=True, enable_tiling=True)
+    source: str | None = None  # what to load, where --model is a name of xDiT's
+    checkpoint: Checkpoint
+
+    def _customize_settings(self, config: xFuserArgs) -> None:
+        self.checkpoint = checkpoint = resolve(self._source(config))
+        name = checkpoint.pipeline or DiffusionPipeline.load_config(checkpoint.source)["_class_name"]
+        pipeline = getattr(diffusers, name, None)
+        if pipeline is None:
+            raise ValueError(f"--model {config.model}: diffusers {diffusers.__version__} has no {name}.")
+        self._parameters = inspect.signature(pipeline.__call__).parameters
+        is_video = "num_frames" in self._parameters
+        self.settings = ModelSettings(
+            model_name=checkpoint.source,
+            output_name=_output_name(checkpoint.name),
+            model_output_type="video" if is_video else "image",
+            fps=FPS if is_video else None,
+        )
+        if isinstance(checkpoint, FamilyCheckpoint):
+            self.default_input_values = DefaultInputValues(
+                height=checkpoint.size,
+                width=checkpoint.size,
+                num_inference_steps=checkpoint.steps,
+                guidance_scale=checkpoint.guidance_scale,
+            )
+        else:
+            defaults = {flag: self._parameters[name].default for flag in INPUTS if (name := self.parameter(flag))}
+            known = DefaultInputValues.__annotations__.keys() & defaults.keys()
+            self.default_input_values = DefaultInputValues(**{name: defaults[name] for name in known})
+        is_split = isinstance(self, HybridModel) and getattr(checkpoint, "family", None) == "sd3"
+        self.capabilities = replace(
+            self.capabilities,
+            ulysses_degree=is_split,
+            ring_degree=is_split,
+            data_parallel_degree=isinstance(checkpoint, FamilyCheckpoint),
+        )
+
+    def _source(self, config: xFuserArgs) -> str:
+        return config.model if self.source is None or config.model not in MODEL_REGISTRY else self.source
+
+    def parameter(self, flag: str) -> str | None:
+        """The parameter of the pipeline's call that a flag sets; None where there is none."""
+        # Where there are both, guidance_scale is what a distilled model is told of guidance.
+        names = {"input_images": ("image",), "guidance_scale": ("true_cfg_scale", "guidance_scale")}.get(flag, (flag,))
+        return next((name for name in names if name in self._parameters), None)
+
+    def _load_model(self) -> DiffusionPipeline:
+        pipe = DiffusionPipeline.from_pretrained(
+            self.checkpoint.source,
+            torch_dtype=self.checkpoint.dtype if has_accelerator() else torch.float32,
+            **dict.fromkeys(self.checkpoint.absent),
+        )
+        if self.config.use_torch_compile and isinstance(self.checkpoint, FamilyCheckpoint):
+            compile_blocks(denoiser_of(pipe))
+        return pipe
+
+    def _compile_model(self, input_args: dict[str, Any]) -> None:
+        if isinstance(self.checkpoint, FamilyCheckpoint):
+            self._run_timed_pipe(input_args)  # compiles the blocks
+        else:
+            super()._compile_model(input_args)
+
+    def _get_runtime_state_pipeline(self) -> Any:
+        if isinstance(self.checkpoint, FamilyCheckpoint):
+            return self.pipe
+        return SimpleNamespace(unet=None)  # xDiT would look for what its own split needs, which is not used
+
+    def _get_compiled_pipe_components(self) -> list[str]:
+        return [name for name in DENOISERS if isinstance(getattr(self.pipe, name, None), torch.nn.Module)]
+
+    def _run_pipe(self, input_args: dict[str, Any]) -> DiffusionOutput:
+        call = {
+            name: input_args[flag]
+            for flag in ("prompt", *INPUTS)
+            if (name := self.parameter(flag)) and input_args.get(flag) not in (None, [])
+        }
+        if len(call.get("image", ())) == 1:
+            (call["image"],) = call["image"]
+        call["generator"] = torch.Generator(self.pipe._execution_device).manual_seed(input_args["seed"])
+        made = self._make(call)
+        if get_data_parallel_world_size() > 1:
+            made = _gathered(made)
+        if not made:
+            return DiffusionOutput(images=[], pipe_args=input_args)
+        first = made[0] if self.settings.model_output_type == "image" else made[0][0]
+        height, width = first.shape[:2] if hasattr(first, "shape") else (first.height, first.width)
+        pipe_args = {**input_args, "height": height, "width": width}
+        kind = {"image": "images", "video": "videos"}[self.settings.model_output_type]
+        return DiffusionOutput(**{kind: made}, pipe_args=pipe_args)
+
+    def _make(self, call: dict[str, Any]) -> list[Any]:
+        """The pictures that this rank hands out."""
+        return batch.share_of_call(self.pipe, call, decodes=self.config.use_parallel_vae)
 
     # xDiT's runner would deal the prompts out in turn and put the pictures together group by group, in another order,
-    # and from ranks that have none here. The pipelines deal out every call themselves, and `_run_pipe` gathers it.
+    # and from ranks that have none here. `batch` deals out every call, and `_run_pipe` gathers it.
 
     def _split_prompts_for_dp(self, input_args: dict[str, Any]) -> dict[str, Any]:
         return input_args
@@ -102,36 +306,73 @@ class _Model(xFuserModel):
     def _gather_dp_outputs(self, output: DiffusionOutput) -> DiffusionOutput:
         return output
 
+
+class LegacyModel(DiffusersModel):
+    """SD3 and SDXL by xDiT's own strategies, which its pipelines alone have."""
+
+    pipeline: ClassVar[Any]
+
+    def _load_model(self) -> Any:
+        return self.pipeline.from_pretrained(
+            pretrained_model_name_or_path=self.checkpoint.source,
+            engine_config=self.engine_config,
+            torch_dtype=self.checkpoint.dtype if has_accelerator() else torch.float32,
+            **dict.fromkeys(self.checkpoint.absent),
+        )
+
+    def _make(self, call: dict[str, Any]) -> list[Any]:
+        output = self.pipe(**call)
+        return list(output.images) if output else []
+
     def initialize(self, input_args: dict[str, Any]) -> None:
         # The pipeline's wrapper splits the VAE's decoder, and xDiT's runner would do it once more.
         if hasattr(self, "_vae_manager"):
             self._vae_manager.setup_parallel_vae = lambda vaes: None
-        # And the runner makes the runtime state again, past the wrapper.
-        with many_pairs() if self.hybrid else nullcontext():
-            super().initialize(input_args)
+        super().initialize(input_args)
 
     def _compile_model(self, input_args: dict[str, Any]) -> None:
-        if not self.hybrid:
-            return super()._compile_model(input_args)
-        self._run_timed_pipe(input_args)  # the pipeline has its blocks compiled: in its first run
+        xFuserModel._compile_model(self, input_args)
 
-    # xDiT places the pipeline on, and times with, CUDA.
 
-    def _post_load_and_state_initialization(self, input_args: dict[str, Any]) -> None:
-        if has_accelerator():
-            super()._post_load_and_state_initialization(input_args)
+class LegacySD3(LegacyModel):
+    """SD3-medium and SD3.5."""
+
+    pipeline = xFuserStableDiffusion3Pipeline
+    capabilities = replace(
+        DiffusersModel.capabilities, pipefusion_parallel_degree=True, use_cfg_parallel=True, ulysses_degree=True,
+        ring_degree=True,
+    )  # fmt: skip
+
+
+class LegacySDXL(LegacyModel):
+    """SDXL. xDiT has no strategy for its U-Net but CFG parallelism."""
+
+    pipeline = xFuserStableDiffusionXLPipeline
+    capabilities = replace(DiffusersModel.capabilities, use_cfg_parallel=True, ulysses_degree=False, ring_degree=False)
+
+
+#: By family.
+LEGACY: dict[str, type[LegacyModel]] = {"sd3": LegacySD3, "sdxl": LegacySDXL}
+
+
+class OnCPU(xFuserModel):
+    """What xDiT's runner lacks where there is no accelerator: it places a pipeline on CUDA, and times by its events."""
+
+    def __init__(self, config: xFuserArgs) -> None:
+        super().__init__(config)
+        if hasattr(self, "loader"):
+            self.loader.materialize_pipeline = lambda: self.pipe.to(dtype=torch.float32)
 
     def _run_timed_pipe(self, input_args: dict[str, Any]) -> tuple[DiffusionOutput, float]:
-        if has_accelerator():
-            return super()._run_timed_pipe(input_args)
+        if hasattr(self, "prepare_run"):
+            self.prepare_run(input_args)
         start = time.perf_counter()
         output = self._run_pipe(input_args)
         return output, time.perf_counter() - start
 
     def run(self, input_args: dict[str, Any]) -> tuple[DiffusionOutput, list[float]]:
-        if has_accelerator():
-            return super().run(input_args)
         self._validate_args(input_args)
+        input_args = self._split_prompts_for_dp(input_args)
         self._run_warmup_calls(input_args)
         timings: list[float] = []
         for _ in range(self.config.num_iterations):
@@ -141,46 +382,13 @@ class _Model(xFuserModel):
             else:
                 output, seconds = self._run_timed_pipe(input_args)
                 timings.append(seconds)
-        return output, timings
+        return self._gather_dp_outputs(output), timings
 
 
 def _gathered(images: list[Any]) -> list[Any]:
     """On the last rank the pictures of all data parallel groups in order, on the others this rank's."""
-    if get_data_parallel_world_size() == 1:
-        return images
     world = get_world_group()
     last = world.world_size - 1
     parts: list[Any] | None = [None] * world.world_size if world.rank == last else None
     dist.gather_object(images, parts, dst=last, group=world.cpu_group)
     return images if parts is None else [image for part in parts for image in part]
-
-
-@register_model(REGISTERED["sd3"])
-class SD3Model(_Model):
-    """SD3-medium and SD3.5."""
-
-    pipeline_class = xFuserStableDiffusion3Pipeline
-    hybrid_class = HybridStableDiffusion3Pipeline
-    capabilities = ModelCapabilities(
-        pipefusion_parallel_degree=True,
-        use_cfg_parallel=True,
-        use_parallel_vae=True,
-        enable_slicing=True,
-        enable_tiling=True,
-    )
-
-
-@register_model(REGISTERED["sdxl"])
-class SDXLModel(_Model):
-    """SDXL. xDiT has no strategy for its U-Net but CFG parallelism."""
-
-    pipeline_class = xFuserStableDiffusionXLPipeline
-    hybrid_class = HybridStableDiffusionXLPipeline
-    capabilities = ModelCapabilities(
-        ulysses_degree=False,
-        ring_degree=False,
-        use_cfg_parallel=True,
-        use_parallel_vae=True,
-        enable_slicing=True,
-        enable_tiling=True,
-    )

@@ -16,8 +16,8 @@ import torch
 from .. import planner
 from ..config import HybridConfig
 from ..schedule.policies import POLICIES
-from ..seam.checkpoints import resolve
-from .compat import flags_of_xdit, import_xfuser
+from ..seam.checkpoints import Checkpoint, FamilyCheckpoint, resolve
+from .compat import flags_of_xdit, import_xfuser, models_of_xdit
 
 STRATEGIES = ("cfg", "sequence", "pipefusion", "hybrid-cond")
 
@@ -43,8 +43,13 @@ _EXCLUDED_FLAGS = (
     "use_teacache",
     "use_fbcache",
     "cache_method",
+    # They count evaluations, of which a SKIPPED step has none.
+    "use_hybrid_attn_schedule",
+    "use_hybrid_gemm_schedule",
+    "vsa_drop_rates",
 )
 
+_DETAILS: dict[str, dict[str, Any]] = {"cache_method": {}, "vsa_drop_rates": {"nargs": "+", "type": float}}
 
 #: xDiT's flags for models of other kinds: from pictures, of videos. (The others that our models lack, xDiT refuses.)
 _IDLE_FLAGS = ("input_images", "resize_input_images", "num_frames", "guidance_scale_2", "flow_shift")
@@ -165,17 +170,27 @@ def prepare(args: argparse.Namespace, gpus: int, world_size: int | None = None) 
     if args.nproc_per_node is None:
         args.nproc_per_node = (world_size or count_processes(args)) // args.nnodes
     check_processes(args, world_size or args.nproc_per_node * args.nnodes, args.nproc_per_node, gpus)
-    try:
-        family = resolve(args.model).family
-    except ValueError:
-        if hybrid:
-            raise
-        return hybrid  # a model of xDiT's own
-    refuse_idle(args, family)
-    split = [f"--{name}" for name in SEQUENCE_DEGREES if getattr(args, name) > 1]
-    if hybrid and family == "sdxl" and split:
-        raise ValueError(f"SDXL's U-Net has no sequence to split: drop {' and '.join(split)}.")
+    checkpoint = find(args.model)
+    if isinstance(checkpoint, FamilyCheckpoint):
+        refuse_idle(args, checkpoint.family)
+        split = [f"--{name}" for name in SEQUENCE_DEGREES if getattr(args, name) > 1]
+        if hybrid and checkpoint.family == "sdxl" and split:
+            raise ValueError(f"SDXL's U-Net has no sequence to split: drop {' and '.join(split)}.")
     return hybrid
+
+
+def find(model: str) -> Checkpoint | None:
+    """The checkpoint that ``--model`` means; None for a name of xDiT's runner that is none of ours.
+
+    Raises:
+        ValueError: it can be neither.
+    """
+    try:
+        return resolve(model)
+    except ValueError:
+        if model in models_of_xdit():
+            return None
+        raise
 
 
 def refuse_low(hybrid: HybridConfig) -> None:
@@ -216,8 +231,13 @@ def choose_layout(args: argparse.Namespace, gpus: int, device: str) -> tuple[lis
     Raises:
         ValueError: with the flag and the mend.
     """
-    config, checkpoint = read_config(args), resolve(args.model)
+    config, checkpoint = read_config(args), find(args.model)
     assert config is not None, "the layout is open under hybrid-cond only"
+    if not isinstance(checkpoint, FamilyCheckpoint):
+        return [], (
+            f"of {gpus} GPUs 2 are used, a branch each: the planner does not know this model. Give --ulysses_degree "
+            f"{gpus // 2} to split its tokens over {gpus // 2 * 2}, or --data_parallel_degree for several prompts."
+        )
     images = len(args.prompt) if isinstance(args.prompt, list) else 1
     if args.batch_size:
         images = min(images, args.batch_size)
@@ -290,6 +310,8 @@ def refuse_excluded(flags: Mapping[str, Any]) -> None:
     """Raise a ValueError that names what hybrid-cond cannot be combined with so far."""
     bad = [f"--{name} {flags[name]}" for name in _EXCLUDED_DEGREES if (flags.get(name) or 1) > 1]
     bad += [f"--{name}" for name in _EXCLUDED_FLAGS if flags.get(name)]
+    if str(flags.get("attention_backend")).lower() == "aiter_vsa":
+        bad.append("--attention_backend aiter_vsa")
     if bad:
         raise ValueError(
             f"--parallel hybrid-cond cannot be combined with {', '.join(bad)} so far: drop "
@@ -349,7 +371,7 @@ def _add_degrees(parser: argparse.ArgumentParser) -> None:
     for name in (*_EXCLUDED_DEGREES, *COMBINED_DEGREES):
         parser.add_argument(*spellings(name), type=int, default=1)
     for name in _EXCLUDED_FLAGS:
-        details: dict[str, Any] = {} if name == "cache_method" else {"action": "store_true"}
+        details = _DETAILS.get(name, {"action": "store_true"})
         parser.add_argument(*spellings(name), **details)
     parser.add_argument(*spellings("use_cfg_parallel"), action="store_true")
 

@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from typing import Any
 
 USAGE = 2  # exit status of a command that is wrongly called
 
@@ -59,6 +60,8 @@ def run(command: list[str], is_verbose: bool = False) -> int:
         rank, failure = failed.get_first_failure()
         if failure.exitcode != USAGE or isinstance(failure.message, dict):
             sys.stderr.write(f"{_reason(rank, failure)}\n")
+        if isinstance(failure.message, dict):  # whatever has then ended the process, before it could end itself
+            return USAGE if _is_usage(failure.message) else 1
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     return 0
 
@@ -85,9 +88,13 @@ def _reason(rank: int, failure: object) -> str:
     message = getattr(failure, "message", "")
     if not isinstance(message, dict):
         return f"xdit-hybrid: error: rank {rank} has ended: {message}."
-    if message["message"].startswith(f"{UsageError.__name__}: "):
+    if _is_usage(message):
         return message["message"].removeprefix(f"{UsageError.__name__}: ")
     return f"{message['extraInfo']['py_callstack']}\nxdit-hybrid: error on rank {rank}: {message['message']}"
+
+
+def _is_usage(message: dict[str, Any]) -> bool:
+    return message["message"].startswith(f"{UsageError.__name__}: ")
 
 
 def _free_port() -> int:

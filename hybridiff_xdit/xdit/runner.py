@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from ..config import HybridConfig
-from ..seam.checkpoints import resolve
 from . import options, output, processes
 from .compat import count_gpus, has_accelerator, import_xfuser
 
@@ -20,15 +19,11 @@ import_xfuser()
 
 from xfuser.core.distributed import get_runtime_state, get_world_group  # noqa: E402
 from xfuser.core.utils.runner_utils import is_last_process  # noqa: E402
-from xfuser.model_executor.models.runner_models.base_model import (  # noqa: E402
-    MODEL_REGISTRY,
-    DiffusionOutput,
-    xFuserModel,
-)
+from xfuser.model_executor.models.runner_models.base_model import DiffusionOutput, xFuserModel  # noqa: E402
 from xfuser.runner import xFuserModelRunner  # noqa: E402
 
 from ..seam.hooks import last_report  # noqa: E402
-from .models import REGISTERED  # noqa: E402
+from .models import model_class  # noqa: E402
 
 
 class HybridRunner(xFuserModelRunner):
@@ -47,14 +42,7 @@ class HybridRunner(xFuserModelRunner):
         super().__init__(config)
 
     def _select_model(self, model_name: str, config: Any) -> xFuserModel:
-        try:
-            name = REGISTERED[resolve(model_name).family]
-        except ValueError:
-            if self.hybrid:
-                raise
-            return super()._select_model(model_name, config)
-        model_class = MODEL_REGISTRY[name]
-        model = (model_class.with_hybrid(self.hybrid) if self.hybrid else model_class)(config)
+        model = model_class(model_name, self.hybrid)(config)
         if self.strategy:  # pictures of two strategies must not overwrite each other
             model.settings.output_name += f"_{self.strategy}"
         return model

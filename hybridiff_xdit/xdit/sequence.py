@@ -18,10 +18,14 @@ from xfuser.model_executor.layers.usp import USP  # noqa: E402
 _TAKE_FLOAT32 = (AttentionBackendType.SDPA, AttentionBackendType.SDPA_MATH, AttentionBackendType.SDPA_EFFICIENT)
 
 
-def sequence_split() -> SequenceSplit | None:
-    """A split over xDiT's sequence group, by xDiT's attention; None where the group has one rank."""
+def sequence_split(splits: bool = False) -> SequenceSplit | None:
+    """A split over xDiT's sequence group, by xDiT's attention; None where the group has one rank.
+
+    Args:
+        splits: whether the denoiser is one of xDiT's, which splits its tokens itself.
+    """
     group = get_sp_group()
-    return SequenceSplit(Comm(group.device_group), _attend) if group.world_size > 1 else None
+    return SequenceSplit(Comm(group.device_group), None if splits else _attend) if group.world_size > 1 else None
 
 
 def check_attention(device: torch.device, dtype: torch.dtype) -> None:

@@ -1,0 +1,106 @@
+"""The models of xDiT's runner under hybrid-cond, and pipelines that have none there: tiny checkpoints of each.
+
+What is compared with is the runner's own model on one process, without the strategy, and with its own Ulysses on two.
+"""
+
+import json
+
+import pytest
+import torch
+import zoo_batched
+import zoo_successive
+from nursery import TESTS, run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ZOO = {**zoo_successive.CASES, **zoo_batched.CASES}
+
+#: By case, the class of the denoiser: xDiT's own, or diffusers' where the runner has no model for the pipeline.
+MODELS = {
+    "wan21-unipc": "xFuserWanTransformer3DWrapper",
+    "wan22": "xFuserWanTransformer3DWrapper",
+    "wan21-i2v": "xFuserWanTransformer3DWrapper",
+    "qwen": "xFuserQwenImageTransformerWrapper",
+    "qwen-edit": "xFuserQwenImageTransformerWrapper",
+    "hunyuan-video15": "xFuserHunyuanVideo15Transformer3DWrapper",
+    "lumina2": "xFuserLumina2Transformer2DWrapper",
+    "krea2": "xFuserKrea2Transformer2DWrapper",
+    "flux": "xFuserFlux1Transformer2DWrapper",
+    "flux2-klein": "xFuserFlux2Transformer2DWrapper",
+    "z-image": "ZImageTransformer2DModel",
+    "pixart": "PixArtTransformer2DModel",
+    "kolors": "NoneType",  # a U-Net
+    "kandinsky5": "Kandinsky5Transformer3DModel",
+}
+#: One of each pattern of calls, and a pipeline of xDiT's own kind.
+SPLIT = ["wan21-unipc", "qwen", "krea2", "hunyuan-video15", "lumina2"]
+SKIPPING = [*SPLIT, "wan22", "flux", "kolors"]
+PLAN = "FFFFSFSF"
+HYBRID = ["--parallel", "hybrid-cond"]
+#: Name, processes, flags and cases of each run.
+RUNS = [
+    ("plain", 1, [], [*MODELS]),
+    ("exact", 2, [*HYBRID, "--hybrid_policy", "cfg"], [*MODELS]),
+    ("alone", 1, [*HYBRID, "--hybrid_plan", PLAN], SKIPPING),
+    ("skipping", 2, [*HYBRID, "--hybrid_plan", PLAN], SKIPPING),
+    ("ulysses", 2, ["--ulysses_degree", "2"], SPLIT),
+    ("exact-ulysses", 4, [*HYBRID, "--hybrid_policy", "cfg", "--ulysses_degree", "2"], SPLIT),
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """By name of the run: what its last rank saved, by case."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in MODELS:
+        pipe = ZOO[name].build()
+        call = ZOO[name].kwargs(pipe)
+        pipe.save_pretrained(folder / name)
+        torch.save(call, folder / name / "call.pt")
+        if name in ("wan21-i2v", "qwen-edit"):
+            call["image"].save(folder / name / "picture.png")
+    found = {}
+    for name, processes, flags, cases in RUNS:
+        run(TESTS / "xdit_models_worker.py", folder, name, json.dumps(flags), *cases, processes=processes)
+        found[name] = torch.load(folder / f"{name}-{processes - 1}.pt", weights_only=False)
+        errors = {case: result["error"] for case, result in found[name].items() if "error" in result}
+        assert not errors
+    return found
+
+
+def same(found, expected, name):
+    """As one process evaluates the streams: bit for bit where each is a call, up to rounding where they are a batch."""
+    if name in zoo_successive.CASES:
+        return torch.equal(found, expected)
+    return (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_exact_is_the_runners_own(results, name):
+    found = results["exact"][name]
+    assert found["report"]["plan"] == "F" * 8
+    assert found["denoiser"] == MODELS[name]
+    assert same(found["made"], results["plain"][name]["made"], name)
+
+
+@pytest.mark.parametrize("name", SKIPPING)
+def test_skipped_steps(results, name):
+    found, alone = results["skipping"][name], results["alone"][name]
+    assert found["report"]["plan"] == alone["report"]["plan"] == PLAN
+    assert same(found["made"], alone["made"], name)
+    assert not torch.equal(found["made"], results["plain"][name]["made"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_branch_is_some_ranks(results, name):
+    sent = results["exact"][name]["report"]["bytes_sent"]
+    # FLUX has one stream, that every rank evaluates; xDiT guides Lumina2 for a quarter of the steps.
+    assert (min(sent) > 2 * results["plain"][name]["made"].nbytes) == (name != "flux")
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_branches_beside_xdits_ulysses(results, name):
+    found = results["exact-ulysses"][name]
+    assert found["report"]["sequence_degree"] == 2
+    expected = results["ulysses"][name]["made"]
+    assert (found["made"] - expected).abs().max() <= 1e-6 * expected.abs().max()
