@@ -46,9 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
     add("--port", type=int, default=8000, metavar="PORT", help="0 takes a free one (default: %(default)s)")
-    add(
-        "--queue", type=int, default=16, metavar="N", help="requests that may wait (default: %(default)s)"
-    )
+    add("--queue", type=int, default=16, metavar="N", help="requests that may wait (default: %(default)s)")
     return parser
 
 

@@ -10,6 +10,7 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 from types import FrameType
@@ -69,6 +70,7 @@ class Service:
         self.metrics = Metrics()
         self._jobs: SimpleQueue[_Job] = SimpleQueue()
         self._open: set[_Job] = set()
+        self._is_busy = False
         self._server = _Server(self)
 
     @property
@@ -95,7 +97,8 @@ class Service:
 
     def end(self, reason: str) -> None:
         """Answer all that is open with 503, and soon end the server. It may be called from anywhere."""
-        self._loop.call_soon_threadsafe(self._end, reason)
+        with suppress(RuntimeError):  # the loop is closed: the server has ended
+            self._loop.call_soon_threadsafe(self._end, reason)
 
     def _end(self, reason: str) -> None:
         if self.ended is None:
@@ -111,7 +114,7 @@ class Service:
             job = self._jobs.get()
             if not job.is_cancelled and self.ended is None:
                 self._loop.call_soon_threadsafe(self._begin, job)
-                self._loop.call_soon_threadsafe(self._settle, job, self._make(job))
+                self._loop.call_soon_threadsafe(self._finish, job, self._make(job))
 
     def _make(self, job: _Job) -> Made | HTTPException | Cancelled:
         try:
@@ -119,7 +122,7 @@ class Service:
         except Cancelled as error:
             return error
         except Refused as error:
-            return HTTPException(422, [{"loc": ["body"], "msg": str(error)}])
+            return invalid(str(error))
         except Lost as error:
             self.end(str(error))
             return HTTPException(503, str(error))
@@ -129,11 +132,15 @@ class Service:
     # The event loop.
 
     def _begin(self, job: _Job) -> None:
-        job.is_waiting = False
+        job.is_waiting, self._is_busy = False, True
 
-    def _settle(self, job: _Job, found: Made | Exception) -> None:
+    def _finish(self, job: _Job, found: Made | Exception) -> None:
+        self._is_busy = False
         if isinstance(found, Made):
             self.metrics.count(found.plan, found.seconds)
+        self._settle(job, found)
+
+    def _settle(self, job: _Job, found: Made | Exception) -> None:
         if job.is_cancelled or job.made.done():
             return
         if isinstance(found, Made):
@@ -174,14 +181,13 @@ class Service:
             if self.ranks.size > 1:
                 options.refuse_low(hybrid)
         except ValueError as error:
-            field = str(error).partition("=")[0]
-            raise invalid(field if field in Asked.model_fields else "", str(error)) from error
+            raise invalid(str(error)) from error
         if asked.num_frames is not None and not self.ranks.makes_videos:
-            raise invalid("num_frames", f"no effect on {self.model}, which makes pictures: drop it.")
+            raise invalid("num_frames has no effect on a model that makes pictures: drop it.")
 
     async def health(self) -> Response:
         """Answer ``GET /health``."""
-        facts = {"model": self.model, "ranks": self.ranks.size, "queue": self.waiting}
+        facts = {"model": self.model, "ranks": self.ranks.size, "busy": self._is_busy, "queue": self.waiting}
         return JSONResponse({"status": self.ended or "ready", **facts}, 503 if self.ended else 200)
 
     async def tell_metrics(self) -> Response:

@@ -117,9 +117,7 @@ class Ranks:
             Thread(target=self._wait_for_end, args=(peer, lost), daemon=True).start()
 
     def _wait_for_end(self, peer: int, lost: Callable[[int], None]) -> None:
-        with suppress(
-            RuntimeError
-        ):  # nobody ever sends: it ends when the connection does, with the process
+        with suppress(RuntimeError):  # nobody ever sends: it ends when the connection does, with the process
             dist.recv(torch.empty(1), peer, group=self._watching)
         lost(peer)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 from fastapi import HTTPException, Request, Response
@@ -48,6 +49,7 @@ def _message(problem: dict[str, Any]) -> str:
     return str(problem["msg"])
 
 
-def invalid(field: str, message: str) -> HTTPException:
-    """The answer to a body whose field is wrong; where none is named, to the whole body."""
+def invalid(message: str) -> HTTPException:
+    """The answer to a body that is wrong. The field is the one that the message names first, if it names one."""
+    field = next((word for word in re.findall(r"\w+", message) if word in Asked.model_fields), None)
     return HTTPException(422, [{"loc": ["body", field] if field else ["body"], "msg": message}])
