@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -22,10 +22,12 @@ import xdit_tiny
 from diffusers import DiffusionPipeline
 from nursery import ENV
 from PIL import Image
+from ranks import Ranks
 
 from hybridiff_xdit import HybridConfig, apply_hybrid, hybrid, last_report
 from hybridiff_xdit.seam.hooks import configure
 from hybridiff_xdit.xdit import cli, serve
+from hybridiff_xdit.xdit.serving.messages import Messages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -346,6 +348,51 @@ def test_a_rank_that_is_killed_during_a_request(own_server):
 
 
 # Without a server.
+
+
+def talk(idle):
+    """What this rank hears, of messages between which it waits longer than the default group may."""
+    messages, heard = Messages(), []
+    for data in (b"", b"a cat", bytes(range(256)) * 5000):
+        if messages.rank == 0:
+            time.sleep(idle)
+            messages.tell(data)
+            heard.append(messages.receive(1))
+        else:
+            heard.append(messages.tell())
+            messages.send(heard[-1][::-1])
+    return [*heard]
+
+
+def test_ranks_that_wait_longer_than_the_time_out():
+    ranks = Ranks(2, group_timeout=1)
+    try:
+        told = [b"", b"a cat", bytes(range(256)) * 5000]
+        assert ranks.run(talk, 1.5, timeout=60) == [[data[::-1] for data in told], told]
+    finally:
+        ranks.close()
+
+
+def notice(dying):
+    """Which rank has ended, as one that lives learns it without torchrun."""
+    messages, lost = Messages(), Future()
+    messages.watch(lost.set_result)
+    if messages.rank == dying:
+        messages.tell() if dying else messages.receive(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+    messages.send(b"") if dying == 0 else messages.tell()
+    return lost.result(timeout=10)
+
+
+@pytest.mark.parametrize("dying", [0, 1])
+def test_the_end_of_a_rank_is_noticed_by_the_other(dying):
+    ranks = Ranks(2)
+    try:
+        outcomes = ranks.outcomes(notice, dying, timeout=60)
+        assert (outcomes[1 - dying].value, outcomes[1 - dying].error) == (dying, None)
+        assert "exit code -9" in outcomes[dying].error
+    finally:
+        ranks.close()
 
 
 def test_another_tolerance_for_the_runs_to_come():

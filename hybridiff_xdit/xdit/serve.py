@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     assert hybrid is not None
     if listener is None:
         ranks = _load(args, hybrid)
-        ranks.watch(lambda rank: _end(f"rank {rank} has ended"))
+        ranks.messages.watch(lambda rank: _end(f"rank {rank} has ended"))
         ranks.follow()
         _end("rank 0 has ended")
     from .serving.http import Service

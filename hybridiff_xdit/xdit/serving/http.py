@@ -91,7 +91,7 @@ class Service:
 
     async def _serve(self, maker: Executor, listener: socket.socket) -> None:
         self._loop = asyncio.get_running_loop()
-        self.ranks.watch(lambda rank: self.end(f"rank {rank} has ended"))
+        self.ranks.messages.watch(lambda rank: self.end(f"rank {rank} has ended"))
         maker.submit(self._make_all)
         await self._server.serve([listener])
 
@@ -178,7 +178,7 @@ class Service:
         """Refuse what can be seen to be wrong without the model."""
         try:
             hybrid = retargeted(self.hybrid, asked.tolerance, asked.speedup)
-            if self.ranks.size > 1:
+            if self.ranks.messages.size > 1:
                 options.refuse_low(hybrid)
         except ValueError as error:
             raise invalid(str(error)) from error
@@ -187,7 +187,7 @@ class Service:
 
     async def health(self) -> Response:
         """Answer ``GET /health``."""
-        facts = {"model": self.model, "ranks": self.ranks.size, "busy": self._is_busy, "queue": self.waiting}
+        facts = {"model": self.model, "ranks": self.ranks.messages.size, "busy": self._is_busy, "queue": self.waiting}
         return JSONResponse({"status": self.ended or "ready", **facts}, 503 if self.ended else 200)
 
     async def tell_metrics(self) -> Response:
@@ -250,7 +250,7 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         host, port = (sockets or [])[0].getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        output.say([f"xdit-hybrid: {self._service.model} on {self._service.ranks.size} ranks at {url}"])
+        output.say([f"xdit-hybrid: {self._service.model} on {self._service.ranks.messages.size} ranks at {url}"])
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._service.is_signalled = True

@@ -1,7 +1,6 @@
 """The ranks of a server: the first tells the others what to make, and gets what the last one has made.
 
-Messages are bytes, JSON or an encoded picture, and never pickled. They have a gloo group of their own, in which a rank
-may wait for days.
+Messages are JSON or an encoded picture, and never pickled.
 """
 
 from __future__ import annotations
@@ -14,23 +13,17 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import timedelta
-from threading import Thread
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
 
 from ...ranks.agreement import Gone
 from ...seam.hooks import configure, last_report
 from ...seam.signals import RunOver
 from ..runner import HybridRunner
+from .messages import Messages
 
 logger = logging.getLogger(__name__)
-
-#: A server may be idle for as long as this. That a rank has ended is noticed by `Ranks.watch`.
-_IDLE = timedelta(days=365)
 
 
 class Cancelled(Exception):
@@ -94,32 +87,17 @@ class Ranks:
 
     def __init__(self, runner: HybridRunner, defaults: dict[str, Any]) -> None:
         self.runner, self._defaults = runner, defaults
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._messages = dist.new_group(backend="gloo", timeout=_IDLE)
-        self._watching = dist.new_group(backend="gloo", timeout=_IDLE)
+        self.messages = Messages()
         self._is_cancelled: Callable[[], bool] = bool
         self._pipe = getattr(runner.model.pipe, "module", runner.model.pipe)
         if hasattr(self._pipe, "progress_bar"):
             self._cancel_between_steps()
-            self._pipe.set_progress_bar_config(disable=not runner.is_verbose or self.rank > 0)
+            self._pipe.set_progress_bar_config(disable=not runner.is_verbose or self.messages.rank > 0)
 
     @property
     def makes_videos(self) -> bool:
         """Whether the model makes videos, and not pictures."""
         return bool(self.runner.model.settings.model_output_type == "video")
-
-    def watch(self, lost: Callable[[int], None]) -> None:
-        """Have a function called, from another thread, when the process of a rank ends.
-
-        The first rank watches all others, and these watch the first.
-        """
-        for peer in range(1, self.size) if self.rank == 0 else [0]:
-            Thread(target=self._wait_for_end, args=(peer, lost), daemon=True).start()
-
-    def _wait_for_end(self, peer: int, lost: Callable[[int], None]) -> None:
-        with suppress(RuntimeError):  # nobody ever sends: it ends when the connection does, with the process
-            dist.recv(torch.empty(1), peer, group=self._watching)
-        lost(peer)
 
     def make(self, asked: dict[str, Any], is_cancelled: Callable[[], bool]) -> Made:
         """Make a picture on all ranks; called on the first.
@@ -137,13 +115,13 @@ class Ranks:
         begin = time.perf_counter()
         self._is_cancelled, who = is_cancelled, "a rank"
         try:
-            self._tell(json.dumps(asked).encode())
+            self.messages.tell(json.dumps(asked).encode())
             outcome, data = self._run(asked)
             outcomes = [outcome]
-            for rank in range(1, self.size):
+            for rank in range(1, self.messages.size):
                 who = f"rank {rank}"
-                outcomes.append(Outcome(**json.loads(self._receive(rank))))
-                data = self._receive(rank)  # of the last rank in the end, which hands out the picture
+                outcomes.append(Outcome(**json.loads(self.messages.receive(rank))))
+                data = self.messages.receive(rank)  # of the last rank in the end, which hands out the picture
         except RuntimeError as error:
             raise Lost(f"{who} has ended") from error
         for rank, outcome in enumerate(outcomes):
@@ -163,9 +141,9 @@ class Ranks:
         """Take part in everything that the first rank makes, until that rank has ended; called on the others."""
         with suppress(RuntimeError):
             while True:
-                outcome, data = self._run(json.loads(self._tell()))
-                self._send(json.dumps(asdict(outcome)).encode())
-                self._send(data)
+                outcome, data = self._run(json.loads(self.messages.tell()))
+                self.messages.send(json.dumps(asdict(outcome)).encode())
+                self.messages.send(data)
 
     def _run(self, asked: dict[str, Any]) -> tuple[Outcome, bytes]:
         """Take part in a request; on the last rank with what was made."""
@@ -173,7 +151,7 @@ class Ranks:
             configure(self.runner.model.pipe, tolerance=asked.get("tolerance"), speedup=asked.get("speedup"))
             made, _ = self.runner.run(self.runner.preprocess_args({**self._defaults, **asked}))
             data = b""
-            if self.rank == self.size - 1:
+            if self.messages.rank == self.messages.size - 1:
                 data = _png(made.images[0]) if made.images else _mp4(made.videos[0], self.runner.model.settings.fps)
             return Outcome("made"), data
         except Cancelled:
@@ -206,31 +184,6 @@ class Ranks:
 
         self._pipe.progress_bar = progress_bar
 
-    # Messages.
-
-    def _tell(self, data: bytes = b"") -> bytes:
-        """The first rank's bytes, on every rank."""
-        size = torch.tensor([len(data)])
-        dist.broadcast(size, 0, group=self._messages)
-        sent = _tensor(data) if self.rank == 0 else torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(sent, 0, group=self._messages)
-        return sent.numpy().tobytes()
-
-    def _send(self, data: bytes) -> None:
-        """Send bytes to the first rank."""
-        dist.send(torch.tensor([len(data)]), 0, group=self._messages)
-        if data:
-            dist.send(_tensor(data), 0, group=self._messages)
-
-    def _receive(self, rank: int) -> bytes:
-        """The bytes that a rank sends to the first."""
-        size = torch.empty(1, dtype=torch.int64)
-        dist.recv(size, rank, group=self._messages)
-        data = torch.empty(int(size), dtype=torch.uint8)
-        if size:
-            dist.recv(data, rank, group=self._messages)
-        return data.numpy().tobytes()
-
 
 def _raise(outcomes: list[Outcome]) -> None:
     """Raise what came of a request if it is no picture. The ranks' outcomes may differ: one error ends them all."""
@@ -244,10 +197,6 @@ def _raise(outcomes: list[Outcome]) -> None:
 
 
 _KINDS = ("made", "cancelled", "refused", "failed", "left")
-
-
-def _tensor(data: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def _png(picture: Any) -> bytes:
