@@ -350,25 +350,27 @@ def test_a_rank_that_is_killed_during_a_request(own_server):
 # Without a server.
 
 
+TOLD = [b"", b"a cat", bytes(range(256)) * 5000]
+
+
 def talk(idle):
-    """What this rank hears, of messages between which it waits longer than the default group may."""
+    """What this rank hears, of messages for the first of which it waits longer than the default group may."""
     messages, heard = Messages(), []
-    for data in (b"", b"a cat", bytes(range(256)) * 5000):
+    for data in TOLD:
         if messages.rank == 0:
-            time.sleep(idle)
+            time.sleep(0 if heard else idle)
             messages.tell(data)
             heard.append(messages.receive(1))
         else:
             heard.append(messages.tell())
             messages.send(heard[-1][::-1])
-    return [*heard]
+    return heard
 
 
 def test_ranks_that_wait_longer_than_the_time_out():
-    ranks = Ranks(2, group_timeout=1)
+    ranks = Ranks(2, group_timeout=4)
     try:
-        told = [b"", b"a cat", bytes(range(256)) * 5000]
-        assert ranks.run(talk, 1.5, timeout=60) == [[data[::-1] for data in told], told]
+        assert ranks.run(talk, 5, timeout=120) == [[data[::-1] for data in TOLD], TOLD]
     finally:
         ranks.close()
 
@@ -388,7 +390,7 @@ def notice(dying):
 def test_the_end_of_a_rank_is_noticed_by_the_other(dying):
     ranks = Ranks(2)
     try:
-        outcomes = ranks.outcomes(notice, dying, timeout=60)
+        outcomes = ranks.outcomes(notice, dying, timeout=120)
         assert (outcomes[1 - dying].value, outcomes[1 - dying].error) == (dying, None)
         assert "exit code -9" in outcomes[dying].error
     finally:

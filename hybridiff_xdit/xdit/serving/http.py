@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
-from queue import SimpleQueue
 from types import FrameType
 from typing import Any
 
@@ -68,8 +67,7 @@ class Service:
         self.ended: str | None = None
         self.is_signalled = False
         self.metrics = Metrics()
-        self._jobs: SimpleQueue[_Job] = SimpleQueue()
-        self._open: set[_Job] = set()
+        self._open: dict[_Job, None] = {}  # in order of arrival, the one that is being made too
         self._is_busy = False
         self._server = _Server(self)
 
@@ -90,9 +88,8 @@ class Service:
         return self.ended
 
     async def _serve(self, maker: Executor, listener: socket.socket) -> None:
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._maker = asyncio.get_running_loop(), maker
         self.ranks.messages.watch(lambda rank: self.end(f"rank {rank} has ended"))
-        maker.submit(self._make_all)
         await self._server.serve([listener])
 
     def end(self, reason: str) -> None:
@@ -109,13 +106,6 @@ class Service:
 
     # The thread that makes.
 
-    def _make_all(self) -> None:
-        while True:
-            job = self._jobs.get()
-            if not job.is_cancelled and self.ended is None:
-                self._loop.call_soon_threadsafe(self._begin, job)
-                self._loop.call_soon_threadsafe(self._finish, job, self._make(job))
-
     def _make(self, job: _Job) -> Made | HTTPException | Cancelled:
         try:
             return self.ranks.make(job.arguments, lambda: job.is_cancelled)
@@ -131,14 +121,19 @@ class Service:
 
     # The event loop.
 
-    def _begin(self, job: _Job) -> None:
-        job.is_waiting, self._is_busy = False, True
+    def _begin_next(self) -> None:
+        job = next((job for job in self._open if job.is_waiting), None)
+        if job is not None and not self._is_busy and self.ended is None:
+            job.is_waiting, self._is_busy = False, True
+            making = self._loop.run_in_executor(self._maker, self._make, job)
+            making.add_done_callback(lambda making: self._finish(job, making.result()))
 
     def _finish(self, job: _Job, found: Made | Exception) -> None:
         self._is_busy = False
         if isinstance(found, Made):
             self.metrics.count(found.plan, found.seconds)
         self._settle(job, found)
+        self._begin_next()
 
     def _settle(self, job: _Job, found: Made | Exception) -> None:
         if job.is_cancelled or job.made.done():
@@ -157,15 +152,15 @@ class Service:
             message = f"{self.waiting} requests are waiting, which is the most (--queue): try again later"
             raise HTTPException(429, message, {"Retry-After": "1"})
         job = _Job(asked.arguments(), self._loop.create_future())
-        self._open.add(job)
-        self._jobs.put(job)
+        self._open[job] = None
+        self._begin_next()
         gone = asyncio.create_task(_wait_until_gone(request))
         both: list[asyncio.Future[Any]] = [job.made, gone]
         try:
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         finally:
             gone.cancel()
-            self._open.remove(job)
+            del self._open[job]
             job.is_cancelled = not job.made.done()
         if job.is_cancelled:
             return Response(status_code=499)  # nobody reads it; it is counted
@@ -250,7 +245,8 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         host, port = (sockets or [])[0].getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        output.say([f"xdit-hybrid: {self._service.model} on {self._service.ranks.messages.size} ranks at {url}"])
+        size = self._service.ranks.messages.size
+        output.say([f"xdit-hybrid: {self._service.model} on {size} rank{'s' * (size > 1)} at {url}"])
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._service.is_signalled = True
