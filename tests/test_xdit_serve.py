@@ -235,6 +235,8 @@ def test_health_and_metrics(server, model):
         ({"speedup": 8}, "speedup", "num_inference_steps"),  # found when the run's length is known
         ({"output_directory": "/tmp"}, "output_directory", "no such field: use prompt, "),
         ({"model": "other"}, "model", "no such field"),
+        ({"a" * 1000: 1}, "a" * 64, "no such field"),
+        ({"prompt": "\ud800"}, "prompt", "unicode"),
     ],
 )
 def test_a_wrong_field_is_named_with_the_mend(server, changes, field, words):
@@ -253,12 +255,16 @@ def test_a_wrong_field_is_named_with_the_mend(server, changes, field, words):
         ("[]", "application/json", 422),
         (json.dumps(CAT), "text/plain", 422),  # a page of another site may send that unasked
         (json.dumps({"prompt": "a" * 200_000}), "application/json", 413),
+        ("[" * 100_000, "application/json", 400),
+        (b"\xff", "application/json", 400),
+        (json.dumps({**CAT, "\ud800": 1}), "application/json", 422),  # half a character, which UTF-8 does not have
+        (json.dumps({**CAT, **{f"field {number}": 1 for number in range(3000)}}), "application/json", 422),
     ],
 )
 def test_a_body_that_is_none(server, body, kind, status):
     answer = server.client.post("/generate", content=body, headers={"content-type": kind})
     assert answer.status_code == status, answer.text
-    assert len(answer.text) < 500
+    assert len(answer.text) < 5000
 
 
 @pytest.mark.parametrize("prompt", ["fail in a step", "fail at the end"])
@@ -470,6 +476,14 @@ def test_wrong_flags_end_before_the_launch(launched, model, capfd, flags, words)
     assert stopped.value.code == 2
     assert all(word in message for word in words), message
     assert not launched
+
+
+def test_help(launched, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["serve", "--help"])
+    assert not stopped.value.code
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("--host", "--port", "--queue", "127.0.0.1", "/generate"))
 
 
 def test_what_is_not_installed_is_named(monkeypatch, capfd):

@@ -88,7 +88,7 @@ class Ranks:
     def __init__(self, runner: HybridRunner, defaults: dict[str, Any]) -> None:
         self.runner, self._defaults = runner, defaults
         self.messages = Messages()
-        self._is_cancelled: Callable[[], bool] = bool
+        self._is_cancelled: Callable[[], bool] = bool  # False; the first rank's is the request's
         self._pipe = getattr(runner.model.pipe, "module", runner.model.pipe)
         if hasattr(self._pipe, "progress_bar"):
             self._cancel_between_steps()

@@ -39,7 +39,10 @@ class Asked(BaseModel):
 
 async def refuse_body(request: Request, error: RequestValidationError) -> Response:
     """Leaves out the values that were given, which FastAPI repeats: they may be long, or none that JSON has."""
-    problems = [{"loc": list(problem["loc"]), "msg": _message(problem)} for problem in error.errors()]
+    problems = [
+        {"loc": [part if isinstance(part, int) else part[:64] for part in problem["loc"]], "msg": _message(problem)}
+        for problem in error.errors()[:20]
+    ]
     return JSONResponse({"detail": problems}, 422)
 
 
