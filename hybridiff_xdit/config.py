@@ -117,3 +117,14 @@ class HybridConfig(FixedSettings, PaperSettings, AdaptiveSettings):
 
     def _refuse(self, field: str, mend: str) -> NoReturn:
         raise ValueError(f"{field}={getattr(self, field)!r} (--hybrid_{field}): {mend}.")
+
+
+def retargeted(config: HybridConfig, tolerance: float | None, speedup: float | None) -> HybridConfig:
+    """A configuration with another tolerance or another target; the same one where neither is given.
+
+    Raises:
+        ValueError: they are out of range, or have no effect under the policy; the message names the field and the mend.
+    """
+    if tolerance is None and speedup is None:
+        return config
+    return replace(config, tolerance=tolerance, speedup=speedup)

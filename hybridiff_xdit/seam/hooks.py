@@ -25,7 +25,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 import torch.distributed as dist
 
-from ..config import HybridConfig
+from ..config import HybridConfig, retargeted
 from ..evaluate.calls import Call, read_call
 from ..evaluate.graphs import Graphs, release_before_groups
 from ..evaluate.stages.executor import Executor
@@ -54,6 +54,7 @@ class _Session:
     def __init__(
         self, pipe: Any, config: HybridConfig, comm: Comm, sequence: SequenceSplit | None, model: str, is_apart: bool
     ) -> None:
+        self.applied = config
         self.config, self.comm, self.sequence, self.model = config, comm, sequence, model
         self.across = sequence.comm if sequence else None
         self.report: dict[str, Any] | None = None
@@ -437,6 +438,22 @@ def remove_hybrid(pipe: Any) -> Any:
     if session is not None:
         session.close()
     return pipe
+
+
+def configure(pipe: Any, *, tolerance: float | None = None, speedup: float | None = None) -> None:
+    """Give the following runs of a pipeline another tolerance or another target, on every rank.
+
+    What is captured and measured is kept, which `apply_hybrid` would begin anew. With neither argument the runs are
+    again as `apply_hybrid` was told.
+
+    Raises:
+        ValueError: the arguments are out of range or do not fit the policy, or `hybrid-cond` is not on the pipeline.
+    """
+    session = _SESSIONS.get(_own(pipe))
+    if session is not None:
+        session.setting.config = session.config = retargeted(session.applied, tolerance, speedup)
+    elif (tolerance, speedup) != (None, None):
+        raise ValueError("tolerance and speedup: hybrid-cond is not applied to this pipeline, so leave them out.")
 
 
 @contextmanager

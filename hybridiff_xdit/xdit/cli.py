@@ -1,8 +1,9 @@
 """``xdit-hybrid``: xDiT's ``xdit`` with ``--parallel`` and ``--hybrid_*``.
 
 Checks the flags, counts the processes, and starts torchrun on `hybridiff_xdit.xdit.runner`, or, for ``xdit-hybrid
-compare``, on `hybridiff_xdit.xdit.compare`. ``xdit-hybrid plan`` prints what the cost model says of the layouts that so
-many GPUs allow, and starts nothing. This process imports neither xDiT nor diffusers: each of the others must.
+compare`` and ``xdit-hybrid serve``, on the module of that name. ``xdit-hybrid plan`` prints what the cost model says of
+the layouts that so many GPUs allow, and starts nothing. This process imports neither xDiT nor diffusers: each of the
+others must.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .. import planner
 from ..config import HybridConfig
 from ..schedule.plan import StepKind
 from ..seam.checkpoints import resolve_family
-from . import compare, options, processes
+from . import compare, options, processes, serve
 from .compat import count_gpus
 from .output import quieten
 
@@ -30,24 +31,46 @@ def main(argv: list[str] | None = None) -> int:
         return plan(argv[1:])
     if argv[:1] == ["compare"]:
         return _compare(argv[1:])
-    gpus = count_gpus()
+    if argv[:1] == ["serve"]:
+        return _serve(argv[1:])
     try:
         if {"-h", "--help"} & {*argv}:
             quieten(is_verbose=False)
             options.build_parser().print_help()
             return 0
-        args = options.read_launch_flags(argv)
-        if options.leaves_layout_open(args, argv, gpus):
-            chosen, why = options.choose_layout(args, gpus, _device_name())
-            print(f"xdit-hybrid: {why}", file=sys.stderr)
-            argv = [*argv, *chosen]  # for the processes, too: each reads the same flags
-            args = options.read_launch_flags(argv)
-        options.prepare(args, gpus)
-        if args.nnodes > 1 and args.master_port is None:
-            raise ValueError("--nnodes > 1 needs --master_addr and --master_port, the same on every node.")
+        args, argv = _read(argv)
     except ValueError as error:
         _refuse("xdit-hybrid", error)
     return _run(processes.start("hybridiff_xdit.xdit.runner", args, argv), args.verbose)
+
+
+def _read(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags of a run, checked, and the argument list for its processes, with the layout where it was left open.
+
+    Raises:
+        ValueError: with the flag and the mend.
+    """
+    gpus = count_gpus()
+    args = options.read_launch_flags(argv)
+    if options.leaves_layout_open(args, argv, gpus):
+        chosen, why = options.choose_layout(args, gpus, _device_name())
+        print(f"xdit-hybrid: {why}", file=sys.stderr)
+        argv = [*argv, *chosen]  # for the processes, too: each reads the same flags
+        args = options.read_launch_flags(argv)
+    options.prepare(args, gpus)
+    if args.nnodes > 1 and args.master_port is None:
+        raise ValueError("--nnodes > 1 needs --master_addr and --master_port, the same on every node.")
+    return args, argv
+
+
+def _serve(argv: list[str]) -> int:
+    try:
+        own, argv = serve.read(argv)
+        args, argv = _read(argv)
+        serve.check(args)
+    except ValueError as error:
+        _refuse("xdit-hybrid serve", error)
+    return _run(processes.start("hybridiff_xdit.xdit.serve", args, [*serve.flags(own), *argv]), args.verbose)
 
 
 def _compare(argv: list[str]) -> int:

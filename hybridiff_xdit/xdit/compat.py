@@ -292,8 +292,8 @@ LEDGER = (
         "defaults by checkpoint",
         _NEVER,
     ),
-    Seam(_MODELS, "ModelSettings", ("model_name", "output_name", "model_output_type"), "the same", _NEVER),
-    Seam(_MODELS, "DiffusionOutput", ("images", "pipe_args"), "what _run_pipe returns", _NEVER),
+    Seam(_MODELS, "ModelSettings", ("model_name", "output_name", "model_output_type", "fps"), "the same", _NEVER),
+    Seam(_MODELS, "DiffusionOutput", ("images", "videos", "pipe_args"), "what _run_pipe returns", _NEVER),
     Seam(_MODELS, "DiffusionOutput.get_outputs", (), "each picture with its call", _NEVER),
     Seam(_MODELS, "xFuserModel.get_output_name", ("input_args",), "where a picture lies", _NEVER),
 )
