@@ -66,6 +66,7 @@ def _server() -> Any:
 
 def main() -> None:
     importlib.import_module("hybridiff_xdit.xdit.pipelines")  # and with it everything that is large
+    importlib.import_module("warm")
     for line in sys.stdin:
         job = json.loads(line)
         port = free_port()

@@ -208,7 +208,8 @@ class Anatomy(ABC):
         """
         if call.kind not in self._found.structures:
             fakes = FakeTensorMode(allow_non_fake_inputs=True)
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"), fakes:
+            eager, once = torch.compiler.set_stance("force_eager"), _Tally().once(self.denoiser)
+            with torch.no_grad(), eager, fakes, once:
                 output = call.evaluate(**map_tensors(fakes.from_tensor, part(call, 0, 2).inputs))
             self._found.structures[call.kind] = Structure(output, call.is_listed)
         return self._found.structures[call.kind]
