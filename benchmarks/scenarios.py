@@ -81,7 +81,8 @@ class Scenario:
         settings: of the denoiser.
         side: of the square picture, pixels; latents are an eighth.
         guidance_scale: w.
-        is_tiny: whether text encoders and VAE are small too (as wide as the denoiser asks for, but of one layer).
+        is_tiny: whether text encoders and VAE are small too: as wide as the denoiser asks for, but of one layer, and
+            with embeddings for the words of `TOKENIZERS` alone.
     """
 
     family: str
@@ -161,7 +162,11 @@ class Scenario:
         """Text encoders, then tokenizers, each in the pipeline's order."""
         with_projection = CLIPTextModelWithProjection
         first = with_projection if self.family == "mmdit" else CLIPTextModel
-        clip, t5 = ({"num_hidden_layers": 1}, {"num_layers": 1, "d_ff": 64}) if self.is_tiny else ({}, {})
+        clip: dict[str, Any] = {}
+        t5: dict[str, Any] = {}
+        if self.is_tiny:
+            clip = {"num_hidden_layers": 1, "vocab_size": 2517}
+            t5 = {"num_layers": 1, "d_ff": 64, "num_heads": 1, "vocab_size": 40}
         encoders: list[Any] = [
             first(CLIPTextConfig(**{**CLIP_L, **clip})),
             with_projection(CLIPTextConfig(**{**CLIP_G, **clip})),

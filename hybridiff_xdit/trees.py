@@ -25,7 +25,7 @@ def tensors_of(value: Any) -> Iterator[torch.Tensor]:
     return (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor))
 
 
-def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
     """The same nest with ``function`` applied to each tensor."""
     return pytree.tree_map_only(torch.Tensor, function, value)
 

@@ -4,6 +4,17 @@ import pytest
 import torch
 from ranks import Ranks
 
+#: The files that take longest. They come first, so that no worker begins one when the others are about to end.
+LONGEST = ("xdit_runs", "benchmark", "features", "seam", "stages", "xdit_sequence", "past_faults", "xdit_stages",
+           "xdit_batch", "faults", "models", "simulate")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+    items.sort(
+        key=lambda item: place.get(item.path.stem, len(place)) if item.path.parent.name == "tests" else len(place)
+    )
+
 
 @pytest.fixture(scope="session")
 def pair() -> Iterator[Ranks]:

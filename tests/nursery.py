@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parent
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
+FOLDERS = (TESTS.parent, TESTS, TESTS.parent / "benchmarks")
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ":".join(map(str, FOLDERS))}
 LONGEST = 240  # seconds of a script
 GRACE = 5  # seconds that the other ranks have to end by themselves when one has failed
 
@@ -40,12 +41,15 @@ def free_port() -> int:
 
 
 def run(
-    script: Path, *arguments: Any, processes: int, check: bool = True, cwd: Path = TESTS
+    script: Path, *arguments: Any, processes: int, check: bool = True, cwd: Path = TESTS, warm: str = "warm"
 ) -> subprocess.CompletedProcess:
-    """Run a script on so many ranks in a folder; the first status that is not 0, and what all of them printed."""
+    """Run a script on so many ranks in a folder; the first status that is not 0, and what all of them printed.
+
+    ``warm`` is a module that is imported once, before they are forked.
+    """
     with tempfile.NamedTemporaryFile("r", errors="replace") as output:
         job = {"argv": [str(script), *map(str, arguments)], "processes": processes, "output": output.name}
-        job["cwd"] = str(cwd)
+        job |= {"cwd": str(cwd), "warm": warm}
         server = _server()
         server.stdin.write(json.dumps(job) + "\n")
         server.stdin.flush()
@@ -68,6 +72,7 @@ def main() -> None:
     importlib.import_module("hybridiff_xdit.xdit.runner")  # and with it everything that is large
     for line in sys.stdin:
         job = json.loads(line)
+        importlib.import_module(job.pop("warm"))
         port = free_port()
         children = [_fork(rank, port, **job) for rank in range(job["processes"])]
         print(_wait(children), flush=True)

@@ -51,7 +51,7 @@ class Ranks:
         context = multiprocessing.get_context("forkserver" if self.device == "cpu" else "spawn")
         if self.device == "cpu":
             os.environ["PYTHONPATH"] = os.pathsep.join([str(HELPERS), str(HELPERS.parent), *sys.path])
-            context.set_forkserver_preload(["tiny", "oracle"])
+            context.set_forkserver_preload(["warm", "oracle"])
         store = tempfile.mktemp(prefix="hybridiff-")
         self._processes, self._pipes = [], []
         for rank in range(self.size):

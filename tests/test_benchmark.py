@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import nursery
@@ -11,6 +12,7 @@ import pytest
 from test_xdit_runs import torchrun
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+run = partial(nursery.run, BENCHMARKS / "run.py", warm="warm_benchmark")
 STRATEGIES = ["one-gpu", "paper", "cfg, ulysses", "cfg, stages", "adaptive 2.5, pairs"]
 
 
@@ -27,11 +29,9 @@ def test_every_strategy_is_timed_and_reported(tmp_path):
         3,
         "--out",
         out,
-        "--trace",
-        tmp_path / "traces",
         "--strategy",
     )
-    nursery.run(BENCHMARKS / "run.py", "--scenario", "sdxl-tiny", "sd3-tiny", *flags, *STRATEGIES, processes=4)
+    run("--scenario", "sdxl-tiny", "sd3-tiny", *flags, *STRATEGIES, processes=4)
     lines = {(line["scenario"], line["strategy"]): line for line in map(json.loads, out.read_text().splitlines())}
     without = {("sdxl-tiny", "cfg, ulysses")}  # a U-Net has no sequence
     assert lines.keys() == {(name, s) for name in ("sdxl-tiny", "sd3-tiny") for s in STRATEGIES} - without
@@ -45,11 +45,6 @@ def test_every_strategy_is_timed_and_reported(tmp_path):
     assert lines["sdxl-tiny", "cfg, stages"]["speedup_bound"] > 2
     assert lines["sd3-tiny", "paper"]["plan"].count("P") == 1  # k = 5 of 50 steps
     assert lines["sdxl-tiny", "adaptive 2.5, pairs"]["speedup_bound"] >= 2.5
-    assert len(list((tmp_path / "traces").iterdir())) == 4 * len(lines)
-    trace = json.loads((tmp_path / "traces" / "sdxl-tiny_adaptive_2.5_pairs_rank_3.json").read_text())
-    labels = [event["name"] for event in trace["traceEvents"] if re.fullmatch(r"step \d+ [A-Z]+", event["name"])]
-    plan = lines["sdxl-tiny", "adaptive 2.5, pairs"]["plan"]
-    assert [label.split()[2][0] for label in labels] == list(plan)
     table = subprocess.run(
         [sys.executable, BENCHMARKS / "report.py", out], env=nursery.ENV, capture_output=True, text=True, check=True
     ).stdout
@@ -60,12 +55,29 @@ def test_every_strategy_is_timed_and_reported(tmp_path):
     assert f"| sdxl-tiny | adaptive 2.5, pairs | {sum(loop) / 4:.3f} (" in table  # a pair makes half of the pictures
 
 
+def test_a_trace_of_each_rank_labels_steps_with_their_kinds(tmp_path):
+    out, flags = tmp_path / "times.jsonl", ("--steps", 10, "--repeats", 1, "--blocks", 1, "--warm-up", 3)
+    flags += ("--trace", tmp_path / "traces", "--strategy", "paper", "adaptive 2.5")
+    run("--scenario", "sd3-tiny", *flags, "--out", out, processes=2)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {*"".join(line["plan"] for line in lines)} == {*"FPS"}
+    assert len(list((tmp_path / "traces").iterdir())) == 2 * len(lines)
+    for line in lines:
+        for rank in range(2):
+            name = line["strategy"].replace(" ", "_")
+            trace = json.loads((tmp_path / "traces" / f"sd3-tiny_{name}_rank_{rank}.json").read_text())
+            labels = [
+                event["name"] for event in trace["traceEvents"] if re.fullmatch(r"step \d+ [A-Z]+", event["name"])
+            ]
+            assert [label.split()[2][0] for label in labels] == list(line["plan"])
+
+
 def test_one_rank_alone_does_what_its_rank_does(tmp_path):
     """On one process: as many evaluations, and as many bytes, as that rank of two."""
     out, strategies = tmp_path / "times.jsonl", ["one-gpu, graphs", *(f"fixed 8-48/4, rank {rank}" for rank in (0, 1))]
     flags = ("--repeats", 1, "--blocks", 1, "--warm-up", 2, "--out", out, "--strategy", *strategies)
     flags += ("adaptive 2.85, rank 1",)
-    nursery.run(BENCHMARKS / "run.py", "--scenario", "sdxl-tiny", *flags, processes=1)
+    run("--scenario", "sdxl-tiny", *flags, processes=1)
     one, rank_0, rank_1, adaptive = map(json.loads, out.read_text().splitlines())
     assert one["plan"] is None and adaptive["plan"].count("S") == 15
     assert rank_0["plan"] == rank_1["plan"] == "F" * 8 + "PPPF" * 10 + "FF"
@@ -82,7 +94,7 @@ def test_xdits_own_strategies_are_timed_beside_ours(tmp_path):
     """On two processes; PipeFusion needs a GPU. Two can do half of what four do: one branch, its tokens split."""
     out, strategies = tmp_path / "times.jsonl", ["xdit cfg", "cfg", "xdit ulysses", "cfg, rank 1, ulysses"]
     flags = ("--steps", 5, "--repeats", 2, "--out", out, "--strategy", *strategies)
-    nursery.run(BENCHMARKS / "run.py", "--scenario", "sdxl-tiny", "sd3-tiny", *flags, processes=2)
+    run("--scenario", "sdxl-tiny", "sd3-tiny", *flags, processes=2)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     found = [(line["scenario"], line["strategy"], line["plan"]) for line in lines]
     assert found == [
@@ -100,7 +112,7 @@ def test_from_the_prompt_to_the_picture(tmp_path):
     """With text encoders and VAE, its decoder split too; AsyncDiff's way has no report, but a plan of its own."""
     out, strategies = tmp_path / "times.jsonl", ["cfg", "cfg, vae", "both branches", "xdit cfg, vae"]
     flags = ("--whole", "--steps", 4, "--repeats", 1, "--blocks", 1, "--out", out, "--strategy", *strategies)
-    nursery.run(BENCHMARKS / "run.py", "--scenario", "sdxl-tiny", "sd3-tiny", *flags, processes=2)
+    run("--scenario", "sdxl-tiny", "sd3-tiny", *flags, processes=2)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(line["scenario"], line["strategy"]) for line in lines] == [
         (scenario, strategy) for scenario in ("sdxl-tiny", "sd3-tiny") for strategy in strategies
@@ -113,7 +125,7 @@ def test_from_the_prompt_to_the_picture(tmp_path):
 
 def test_nothing_is_decoded_without_a_vae(tmp_path):
     flags = ("--scenario", "sdxl-tiny", "--strategy", "cfg, vae", "--out", tmp_path / "times.jsonl")
-    result = nursery.run(BENCHMARKS / "run.py", *flags, processes=2, check=False)
+    result = run(*flags, processes=2, check=False)
     assert "'cfg, vae': nothing is decoded; add --whole." in result.stderr
 
 
@@ -121,7 +133,7 @@ def test_xdits_strategies_on_four_processes(tmp_path):
     """Both use xDiT's groups; the second block of ours comes after xDiT's. Ring and PipeFusion need a GPU."""
     out, strategies = tmp_path / "times.jsonl", ["cfg, ulysses", "xdit cfg"]
     flags = ("--steps", 4, "--repeats", 2, "--out", out, "--strategy", *strategies)
-    result = nursery.run(BENCHMARKS / "run.py", "--scenario", "sdxl-tiny", "sd3-tiny", *flags, processes=4)
+    result = run("--scenario", "sdxl-tiny", "sd3-tiny", *flags, processes=4)
     assert "sdxl-tiny: not offered on 4 processes: 'cfg, ulysses', 'xdit cfg'." in result.stderr
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(line["scenario"], line["strategy"], line["plan"]) for line in lines] == [
@@ -135,7 +147,7 @@ def test_axes_that_split_a_branch_multiply(tmp_path):
     """Eight processes: two sequence ranks, and two for the layers, of either branch. A U-Net has no sequence."""
     out = tmp_path / "times.jsonl"
     flags = ("--steps", 6, "--repeats", 1, "--blocks", 1, "--out", out, "--strategy", "cfg, ulysses, stages")
-    result = nursery.run(BENCHMARKS / "run.py", "--scenario", "sdxl-tiny", "sd3-tiny", *flags, processes=8)
+    result = run("--scenario", "sdxl-tiny", "sd3-tiny", *flags, processes=8)
     assert "sdxl-tiny: not offered on 8 processes: 'cfg, ulysses, stages'." in result.stderr
     (line,) = map(json.loads, out.read_text().splitlines())
     assert line["scenario"] == "sd3-tiny" and len(line["peak_memory"]) == 8

@@ -1,4 +1,7 @@
-"""What goes wrong is one clear error on every rank, in seconds. Each case has processes of its own."""
+"""What goes wrong is one clear error on every rank, in seconds.
+
+All cases share their ranks, but those in which a rank dies. A case has pipelines of its own.
+"""
 
 import os
 import time
@@ -15,18 +18,18 @@ from hybridiff_xdit import HybridConfig, apply_hybrid, last_report
 PLAN = "FFFPPPFPFF"
 
 
-@pytest.fixture
-def ranks():
-    """Makes ranks that last for one test."""
-    made = []
+@pytest.fixture(scope="module")
+def trio():
+    ranks = Ranks(3)
+    yield ranks
+    ranks.close()
 
-    def make(size: int = 2, **kwargs) -> Ranks:
-        made.append(Ranks(size, **kwargs))
-        return made[-1]
 
-    yield make
-    for group in made:
-        group.close()
+def own(name):
+    """A pipeline of this case alone, on this rank."""
+    pipe = tiny.PIPELINES[name]().to(device())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 class Evaluations:
@@ -43,14 +46,14 @@ class Evaluations:
 
 
 def caught(pipe, name, *, fields=None, **kwargs):
-    """(kind of error, message, evaluations before it) of a call."""
+    """(kind of error, message, evaluations before it, seconds) of a call."""
     apply_hybrid(pipe, HybridConfig(balance="flops", **(fields or {"plan": PLAN})))
-    evaluations = Evaluations(pipe)
+    evaluations, started, found = Evaluations(pipe), time.monotonic(), (None, "no error")
     try:
         tiny.call(pipe, name, **kwargs)
     except Exception as error:
-        return type(error).__name__, str(error), evaluations.count
-    return None, "no error", evaluations.count
+        found = type(error).__name__, str(error)
+    return *found, evaluations.count, time.monotonic() - started
 
 
 # The ranks differ before the first step.
@@ -59,7 +62,7 @@ def caught(pipe, name, *, fields=None, **kwargs):
 def differ(what):
     """A call in which rank 1 has something else than rank 0."""
     rank, name, kwargs = dist.get_rank(), "sdxl" if what == "scheduler" else "sd3", {}
-    pipe = tiny.pipeline(name, device())
+    pipe = own(name)
     if what == "noise":
         kwargs = dict(seed=rank)
     elif what == "prompts":
@@ -107,31 +110,30 @@ def differ(what):
         ("scheduler", "scheduler"),
     ],
 )
-def test_ranks_that_differ_are_told_in_what_before_the_first_step(ranks, what, says):
-    started = time.monotonic()
-    for kind, message, evaluations in ranks().run(differ, what):
+def test_ranks_that_differ_are_told_in_what_before_the_first_step(pair, what, says):
+    for kind, message, evaluations, seconds in pair.run(differ, what):
         assert kind == "RuntimeError"
         assert says in message.removeprefix("hybrid-cond: the ranks started with different ").split(".")[0].split("; ")
         assert "same arguments" in message
         assert evaluations == 0
-    assert time.monotonic() - started < 30
+        assert seconds < 30
 
 
 def differ_then_agree():
-    pipe = tiny.pipeline("sd3")
+    pipe = own("sd3")
     first = caught(pipe, "sd3", seed=dist.get_rank())
     return first[0], tiny.call(pipe, "sd3")
 
 
-def test_a_call_after_such_an_error_is_right(ranks):
-    (kind, first), (_, second) = ranks().run(differ_then_agree)
+def test_a_call_after_such_an_error_is_right(pair):
+    (kind, first), (_, second) = pair.run(differ_then_agree)
     assert kind == "RuntimeError"
     assert torch.equal(first, second)
 
 
 def leaves_before_the_first_step(what):
     """(error, seconds, latents of a call after it, of one before it). Rank 1 asks for what the pipeline refuses."""
-    pipe = tiny.pipeline("sd3")
+    pipe = own("sd3")
     apply_hybrid(pipe, HybridConfig(balance="flops", plan=PLAN))
     expected = tiny.call(pipe, "sd3")
     wrong = {"check": {"height": 33}, "noise": {"generator": [torch.Generator()] * 3}}[what]
@@ -144,8 +146,8 @@ def leaves_before_the_first_step(what):
 
 
 @pytest.mark.parametrize("what", ["check", "noise"])
-def test_an_error_of_one_rank_before_the_first_step_ends_the_other_too(ranks, what):
-    outcomes = ranks(group_timeout=60).run(leaves_before_the_first_step, what)
+def test_an_error_of_one_rank_before_the_first_step_ends_the_other_too(pair, what):
+    outcomes = pair.run(leaves_before_the_first_step, what)
     assert "another rank ended its call with an error before the first step" in outcomes[0][0]
     assert outcomes[1][0].startswith("ValueError: ")
     for _, seconds, after, expected in outcomes:
@@ -162,7 +164,7 @@ def drift(step, fields):
     def callback(pipe, i, timestep, tensors):
         return {"latents": tensors["latents"] * 1.001} if i == step and dist.get_rank() == 1 else {}
 
-    pipe = tiny.pipeline("sd3", device())
+    pipe = own("sd3")
     found = caught(pipe, "sd3", fields=fields, callback_on_step_end=callback)
     return *found, tiny.call(pipe, "sd3").cpu()
 
@@ -183,19 +185,19 @@ def drift(step, fields):
     ],
     ids=str,
 )
-def test_drift_is_found_at_the_next_full_step(ranks, step, fields, noticed):
-    outcomes = ranks().run(drift, step, fields)
+def test_drift_is_found_at_the_next_full_step(pair, step, fields, noticed):
+    outcomes = pair.run(drift, step, fields)
     for kind, message, *_ in outcomes:
         assert kind == "RunOver"
         assert f"at step {noticed} the ranks' latents are no longer the same" in message
         assert "seed" in message
-    assert torch.equal(outcomes[0][3], outcomes[1][3])
+    assert torch.equal(outcomes[0][-1], outcomes[1][-1])
 
 
 # A rank dies, or leaves the run.
 
 
-def die(rank, step, how):
+def die(rank, step, how, pipe=None):
     def callback(pipe, i, timestep, tensors):
         if i == step and dist.get_rank() == rank:
             if how == "dies":
@@ -205,43 +207,43 @@ def die(rank, step, how):
             pipe._interrupt = True
         return {}
 
-    return caught(tiny.pipeline("sd3"), "sd3", callback_on_step_end=callback)
+    return caught(pipe or own("sd3"), "sd3", callback_on_step_end=callback)
 
 
 def leaves(rank, step, how):
-    """(what `die` came to, the seconds it took, latents of a call after it, of one before it)"""
-    pipe = tiny.pipeline("sd3")
+    """(what `die` came to, latents of a call after it, of one before it)"""
+    pipe = own("sd3")
     apply_hybrid(pipe, HybridConfig(balance="flops", plan=PLAN))
     expected = tiny.call(pipe, "sd3")
-    started = time.monotonic()
-    found = die(rank, step, how)
-    return found, time.monotonic() - started, tiny.call(pipe, "sd3"), expected
+    return die(rank, step, how, pipe), tiny.call(pipe, "sd3"), expected
 
 
 @pytest.mark.parametrize(("rank", "step"), [(0, 1), (0, 4), (1, 1), (1, 4)])
-def test_a_rank_that_dies_ends_the_other_with_its_number(ranks, rank, step):
-    started = time.monotonic()
-    outcomes = ranks(group_timeout=4).outcomes(die, rank, step, "dies")
-    assert time.monotonic() - started < 30
-    kind, message, _ = outcomes[1 - rank].value
-    assert kind == "RuntimeError"
+def test_a_rank_that_dies_ends_the_other_with_its_number(rank, step):
+    ranks = Ranks(2, group_timeout=4)
+    try:
+        outcomes = ranks.outcomes(die, rank, step, "dies")
+    finally:
+        ranks.close()
+    kind, message, _, seconds = outcomes[1 - rank].value
+    assert kind == "RuntimeError" and seconds < 30
     assert f"rank {rank} did not answer rank {1 - rank}" in message
     assert outcomes[rank].error == "ProcessDied: with exit code 3"
 
 
 @pytest.mark.parametrize("how", ["raises", "is interrupted"])
 @pytest.mark.parametrize(("rank", "step"), [(0, 0), (0, 1), (0, 2), (0, 4), (1, 2), (1, 5), (1, 8)])
-def test_a_rank_that_leaves_tells_the_other(ranks, rank, step, how):
+def test_a_rank_that_leaves_tells_the_other(pair, rank, step, how):
     """At their next exchange, and not by a time-out. The ranks can go on with another call."""
-    outcomes = ranks(group_timeout=60).run(leaves, rank, step, how)
-    kind, message, _ = outcomes[1 - rank][0]
+    outcomes = pair.run(leaves, rank, step, how)
+    kind, message, *_ = outcomes[1 - rank][0]
     assert kind == "RunOver" and f"rank {rank} left the run before step" in message
-    kind, message, _ = outcomes[rank][0]
+    kind, message, *_ = outcomes[rank][0]
     if how == "raises":
         assert (kind, message) == ("FileNotFoundError", "something of its own")
     else:
         assert kind == "RuntimeError" and "this rank left the run after step" in message and "interrupted" in message
-    for _, seconds, after, expected in outcomes:
+    for (*_, seconds), after, expected in outcomes:
         assert seconds < 30
         assert torch.equal(after, expected)
 
@@ -249,29 +251,39 @@ def test_a_rank_that_leaves_tells_the_other(ranks, rank, step, how):
 # What does not fit.
 
 
-def three(fields):
-    pipe = tiny.pipeline("sd3")
+def refused(fields):
+    pipe = own("sd3")
+    try:
+        apply_hybrid(pipe, HybridConfig(**fields))
+        tiny.call(pipe, "sd3")
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def taken(fields):
+    pipe = own("sd3")
     plain = tiny.call(pipe, "sd3")
     apply_hybrid(pipe, HybridConfig(**fields))
     return tiny.call(pipe, "sd3"), plain
 
 
 @pytest.mark.parametrize("fields", [{"plan": PLAN}, {"kinds": "FPS"}, {"policy": "paper"}], ids=str)
-def test_three_ranks_are_refused_where_steps_are_pipelined(ranks, fields):
-    for outcome in ranks(3).outcomes(three, fields):
-        assert "--hybrid_stages 2 (HybridConfig.stages) runs on 2 ranks, but the group has 3" in outcome.error
-        assert "--nproc_per_node 2" in outcome.error
+def test_three_ranks_are_refused_where_steps_are_pipelined(trio, fields):
+    for message in trio.run(refused, fields):
+        assert "--hybrid_stages 2 (HybridConfig.stages) runs on 2 ranks, but the group has 3" in message
+        assert "--nproc_per_node 2" in message
 
 
-def test_three_ranks_are_taken_where_nothing_is(ranks):
+def test_three_ranks_are_taken_where_nothing_is(trio):
     """The third has no stream of its own."""
-    (first, plain), *others = ranks(3).run(three, {"policy": "cfg"})
+    (first, plain), *others = trio.run(taken, {"policy": "cfg"})
     assert all(torch.equal(latents, first) for latents, _ in others)
     assert (first - plain).abs().max() < 1e-5 * plain.abs().max()
 
 
 def does_not_fit(name, fields, steps):
-    return caught(tiny.pipeline(name), name, fields=fields, num_inference_steps=steps)
+    return caught(own(name), name, fields=fields, num_inference_steps=steps)
 
 
 @pytest.mark.parametrize(
@@ -287,31 +299,31 @@ def does_not_fit(name, fields, steps):
     ],
     ids=str,
 )
-def test_a_plan_that_does_not_fit_the_run(ranks, fields, steps, flags):
-    for kind, message, evaluations in ranks().run(does_not_fit, "sd3", fields, steps):
+def test_a_plan_that_does_not_fit_the_run(pair, fields, steps, flags):
+    for kind, message, evaluations, _ in pair.run(does_not_fit, "sd3", fields, steps):
         assert kind == "ValueError"
         assert all(flag in message for flag in flags)
         assert evaluations == 0
 
 
 def not_linear(fields, flag):
-    pipe = tiny.pipeline("sdxl")
+    pipe = own("sdxl")
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **{flag: True})
     return caught(pipe, "sdxl", fields=fields)
 
 
 @pytest.mark.parametrize("fields", [{}, {"plan": PLAN}, {"tolerance": 1.0, "guidance": "reuse"}], ids=str)
 @pytest.mark.parametrize("flag", ["clip_sample", "thresholding"])
-def test_a_scheduler_that_clips_is_refused_where_its_gains_are_needed(ranks, fields, flag):
-    for kind, message, evaluations in ranks().run(not_linear, fields or {"policy": "adaptive"}, flag):
+def test_a_scheduler_that_clips_is_refused_where_its_gains_are_needed(pair, fields, flag):
+    for kind, message, evaluations, _ in pair.run(not_linear, fields or {"policy": "adaptive"}, flag):
         assert kind == "ValueError"
         assert all(words in message for words in ("DDIMScheduler", flag, f"{flag}=False", "--hybrid_guidance reuse"))
         assert evaluations == 0
 
 
 @pytest.mark.parametrize("fields", [{"plan": PLAN, "guidance": "reuse"}, {"policy": "cfg"}], ids=str)
-def test_a_scheduler_that_clips_is_taken_where_they_are_not(ranks, fields):
-    for kind, *_ in ranks().run(not_linear, fields, "clip_sample"):
+def test_a_scheduler_that_clips_is_taken_where_they_are_not(pair, fields):
+    for kind, *_ in pair.run(not_linear, fields, "clip_sample"):
         assert kind is None
 
 

@@ -11,37 +11,69 @@ import pytest
 from hybridiff_xdit.xdit import compat
 
 ROOT = Path(__file__).parents[1]
+#: In a process of its own, forked for each folder that is put in front of the path ("": the installed release).
 CHECK = """
-import sys
-from hybridiff_xdit.xdit.compat import check_ledger
-problems = check_ledger()
-print(sys.modules["xfuser"].__file__)
-sys.exit("\\n".join(problems) or None)
+import os, sys
+import diffusers, torch, transformers  # once, and nothing of xfuser's
+for folder in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            sys.path[:0] = filter(None, [folder])
+            from hybridiff_xdit.xdit.compat import check_ledger
+            problems = check_ledger()
+            print(folder, sys.modules["xfuser"].__file__, *problems, sep="|", flush=True)
+            status = 0
+        finally:
+            os._exit(status)
+    assert not os.waitpid(child, 0)[1], folder
 """
 #: Set this to go without an index; the installed release is checked all the same.
 OFFLINE = "HYBRIDIFF_TEST_OFFLINE"
+RELEASES = ["0.5.0", "0.6.0", "0.7.0"]
+#: One process installs all, and what is not imported is not compiled.
+INSTALL = """
+import sys
+from pip._internal.cli.main import main
+folder, *releases = sys.argv[1:]
+flags = ["--quiet", "--no-deps", "--no-compile", "--disable-pip-version-check"]
+for release in releases:
+    if status := main(["install", *flags, "--target", f"{folder}/{release}", f"xfuser=={release}"]):
+        sys.exit(status)
+"""
 
 
-def check_with(python_path: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PYTHONPATH": python_path}
-    return subprocess.run([sys.executable, "-c", CHECK], cwd=ROOT, env=env, capture_output=True, text=True)
+def run(code: str, *arguments: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
-def test_ledger_with_the_installed_xfuser():
-    result = check_with("")
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory) -> dict[str, tuple[str, list[str]]]:
+    """(where xfuser lies, what its ledger lacks) by release; of the installed one by "installed"."""
+    base, releases = tmp_path_factory.mktemp("xfuser"), [] if os.environ.get(OFFLINE) else RELEASES
+    if releases:
+        installed = run(INSTALL, str(base), *releases)
+        assert installed.returncode == 0, f"{installed.stderr}\n(set {OFFLINE}=1 where there is no index)"
+    result = run(CHECK, "", *(str(base / release) for release in releases))
     assert result.returncode == 0, result.stderr
+    rows = [line.split("|") for line in result.stdout.splitlines() if "|" in line]
+    return {Path(folder).name or "installed": (file, problems) for folder, file, *problems in rows}
 
 
-@pytest.mark.parametrize("version", ["0.5.0", "0.6.0", "0.7.0"])
-def test_ledger_with_each_release(version, tmp_path):
+def test_ledger_with_the_installed_xfuser(checked):
+    _, problems = checked["installed"]
+    assert not problems
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_ledger_with_each_release(checked, release):
     if os.environ.get(OFFLINE):
         pytest.skip(f"{OFFLINE} is set")
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path)]
-    result = subprocess.run([*install, f"xfuser=={version}"], capture_output=True, text=True)
-    assert result.returncode == 0, f"{result.stderr}\n(set {OFFLINE}=1 where there is no index)"
-    result = check_with(str(tmp_path))
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1].startswith(str(tmp_path))
+    file, problems = checked[release]
+    assert f"/{release}/xfuser/" in file
+    assert not problems
 
 
 def test_ledger_names_what_is_missing():

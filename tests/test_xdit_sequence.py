@@ -17,10 +17,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 #: Checkpoint, stages, ranks of a sequence group, and xDiT's flags.
 LAYOUTS = {
-    "ring-2, dual attention": ("sd35", 2, 2, ["--ring_degree", 2, "--attention_backend", "sdpa_flash"]),
-    "ulysses-4": ("sd35", 2, 4, ["--ulysses_degree", 4]),
-    "ulysses-2 x ring-2": (
-        *("sd3", 2, 4),
+    "ulysses-2 x ring-2, dual attention": (
+        *("sd35", 2, 4),
         ["--ulysses_degree", 2, "--ring_degree", 2, "--attention_backend", "sdpa_flash"],
     ),
     "ulysses-2 x 4 stages": ("sd3", 4, 2, ["--ulysses_degree", 2, "--pipefusion_parallel_degree", 2]),

@@ -74,14 +74,15 @@ def watch(owner: Any, thread: int | None = None, **handlers: Handler) -> Callabl
 
 @cache
 def _watched(cls: Any, names: frozenset[str]) -> type:
-    methods = {name: _method(name, getattr(cls, name)) for name in names}
+    methods = {name: _method(cls, name) for name in names}
     own = {"__reduce_ex__": partialmethod(_reduce, cls), "__module__": cls.__module__, "__doc__": cls.__doc__}
     return type(cls.__name__, (cls,), {**methods, **own})
 
 
-def _method(name: str, original: Any) -> Any:
-    @wraps(original)  # pipelines look at the signatures of their scheduler's methods
+def _method(cls: Any, name: str) -> Any:
+    @wraps(getattr(cls, name))  # pipelines look at the signatures of their scheduler's methods
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        original = getattr(cls, name)  # as it is now: this class outlives a run
         for watching in reversed(_HANDLERS.get(self, ())):
             if watching.concerns(name):
                 return watching.answer(name, partial(original, self), *args, **kwargs)

@@ -17,7 +17,7 @@ test_bytes_sent_are_those_counted_by_hand = test_report.test_bytes_sent_are_thos
 
 
 def test_ranks_that_differ(pair):
-    for kind, message, evaluations in pair.run(test_faults.differ, "noise"):
+    for kind, message, evaluations, _ in pair.run(test_faults.differ, "noise"):
         assert (kind, evaluations) == ("RuntimeError", 0)
         assert "initial noise" in message
 

@@ -13,7 +13,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -208,7 +208,8 @@ class Anatomy(ABC):
         """
         if call.kind not in self._found.structures:
             fakes = FakeTensorMode(allow_non_fake_inputs=True)
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"), fakes:
+            eager, once = torch.compiler.set_stance("force_eager"), _Tally().once(self.denoiser)
+            with torch.no_grad(), eager, fakes, once:
                 output = call.evaluate(**map_tensors(fakes.from_tensor, part(call, 0, 2).inputs))
             self._found.structures[call.kind] = Structure(output, call.is_listed)
         return self._found.structures[call.kind]
@@ -246,39 +247,89 @@ class Anatomy(ABC):
     def _count(self, inputs: Inputs) -> tuple[list[int], tuple[tuple[Shape, ...], ...], Shape]:
         """FLOPs of each unit, the shapes of the boundary after it, and the prediction's.
 
-        By a run on fake tensors (no memory, no GPU), in which units that are alike are evaluated once.
+        By a run on fake tensors (no memory, no GPU), in which modules that are alike are evaluated once.
 
-        The modules' own forward hooks see those too. Attention is counted in its plain form, because the fused kernels
-        that PyTorch chooses by device are not all counted: this must not depend on the device.
+        The modules' own forward hooks see that run too. Attention is counted in its plain form, because the fused
+        kernels that PyTorch chooses by device are not all counted: this must not depend on the device.
         """
         flops, shapes = [], []
         fakes = FakeTensorMode(allow_non_fake_inputs=True)
-        counter = FlopCounterMode(display=False)
+        tally = _Tally()
         plain = torch.compiler.set_stance("force_eager")  # compiled blocks are counted as they are
-        with torch.no_grad(), plain, fakes, counter, sdpa_kernel(SDPBackend.MATH), self.lora_scale(inputs) as inputs:
+        with (
+            torch.no_grad(),
+            plain,
+            fakes,
+            tally.counter,
+            tally.once(self.denoiser),
+            sdpa_kernel(SDPBackend.MATH),
+            self.lora_scale(inputs) as inputs,
+        ):
             activation = self.start(map_tensors(fakes.from_tensor, inputs))
-            known: dict[Any, tuple[int, Boundary]] = {}
             for unit in self.units:
-                read = *activation.boundary, *activation.skips[-1:]
-                kind = _kind_of(unit.module), unit.pops, tuple((t.shape, t.dtype) for t in read)
-                if kind not in known:
-                    before = counter.get_total_flops()
-                    boundary = unit(activation).boundary
-                    known[kind] = counter.get_total_flops() - before, boundary
-                count, boundary = known[kind]
-                activation = unit.after(activation, boundary)
-                flops.append(count)
+                before = tally.flops
+                activation = unit(activation)
+                flops.append(tally.flops - before)
                 shapes.append(tuple((t.shape, t.dtype) for t in activation.boundary))
             prediction = self.prediction(activation)
         return flops, tuple(shapes), (prediction.shape, prediction.dtype)
 
 
+class _Tally:
+    """FLOPs of a run on fake tensors, in which a module like one that was evaluated before gives what that one gave."""
+
+    def __init__(self) -> None:
+        self.counter = FlopCounterMode(display=False)
+        self._skipped = 0
+        self._known: dict[Any, tuple[int, Any]] = {}
+
+    @property
+    def flops(self) -> int:
+        """So far, those that were not counted again included."""
+        return self.counter.get_total_flops() + self._skipped
+
+    @contextmanager
+    def once(self, denoiser: nn.Module) -> Iterator[None]:
+        """Meanwhile the modules in the denoiser's lists (blocks, resnets, attentions) are evaluated once of a kind."""
+        lists = (part for part in modules_of(denoiser) if isinstance(part, nn.ModuleList))
+        members = {id(member): member for found in lists for member in found}.values()
+        before = [(vars(member), vars(member).get("forward")) for member in members]
+        kinds = [_kind_of(member) for member in members]
+        for member, kind in zip(members, kinds, strict=True):
+            vars(member)["forward"] = partial(self._look_up, kind, member.forward)
+        try:
+            yield
+        finally:
+            for attributes, forward in before:
+                if forward is None:
+                    del attributes["forward"]
+                else:
+                    attributes["forward"] = forward
+
+    def _look_up(self, alike: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not any(isinstance(tensor, FakeTensor) for tensor in tensors_of((args, kwargs))):
+            return forward(*args, **kwargs)  # another thread's evaluation
+        kind = alike, repr(map_tensors(lambda t: (t.shape, t.dtype, t.stride()), (args, kwargs)))
+        if kind in self._known:
+            count, output = self._known[kind]
+            self._skipped += count
+            return output
+        before = self.flops
+        output = forward(*args, **kwargs)
+        self._known[kind] = self.flops - before, output
+        return output
+
+
 def _kind_of(module: nn.Module) -> Any:
-    """Equal for modules that do the same with other weights: their classes, constants and the shapes of the weights."""
+    """Equal for modules that do the same with other weights: their classes, constants and the shapes of the weights.
+
+    Of what else a module holds, such as an attention processor, the class.
+    """
+    plain = bool | int | float | str
     return tuple(
         (
             type(part),
-            tuple((name, value) for name, value in vars(part).items() if isinstance(value, bool | int | float | str)),
+            tuple((name, value if isinstance(value, plain) else type(value)) for name, value in vars(part).items()),
             tuple(weight.shape for weight in part._parameters.values() if weight is not None),
         )
         for part in modules_of(module)
