@@ -5,8 +5,8 @@ import torch
 from ranks import Ranks
 
 #: The files that take longest. They come first, so that no worker begins one when the others are about to end.
-LONGEST = ("xdit_runs", "benchmark", "features", "seam", "stages", "xdit_sequence", "past_faults", "xdit_stages",
-           "xdit_batch", "faults", "models", "simulate")  # fmt: skip
+LONGEST = ("benchmark", "xdit_serve", "seam", "features", "stages", "xdit_sequence", "xdit_models", "past_faults",
+           "xdit_runs", "xdit_stages", "xdit_batch", "faults", "models", "simulate")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

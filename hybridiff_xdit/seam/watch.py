@@ -54,7 +54,8 @@ def watch(owner: Any, thread: int | None = None, **handlers: Handler) -> Callabl
     stack = _HANDLERS.setdefault(owner, [])
     if not stack:
         # Past the object's own __setattr__: a compiled module would hand the class on to the module in it.
-        object.__setattr__(owner, "__class__", _watched(owner.__class__, names))
+        of_class = frozenset(name for name in names if hasattr(type(owner), name))
+        object.__setattr__(owner, "__class__", _watched(owner.__class__, of_class))
     stack.append(watching)
     undo = ExitStack()
     for name in names & vars(owner).keys():  # somebody has put a function there, which goes before the class
