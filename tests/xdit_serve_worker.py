@@ -36,7 +36,7 @@ def main():
     run = HybridRunner.run
 
     def run_with_faults(runner, input_args):
-        with fault(runner.model.pipe.module, input_args["prompt"][0]):
+        with fault(runner.model.pipe, input_args["prompt"][0]):
             return run(runner, input_args)
 
     HybridRunner.run = run_with_faults

@@ -244,6 +244,13 @@ LEDGER = (
     Seam(_RUNNER, "xFuserModelRunner.save", ("output", "timings", "profile"), "called", _NEVER),
     Seam(_RUNNER, "xFuserModelRunner.cleanup", (), "overridden without a GPU: it synchronizes CUDA", _CPU),
     Seam(_MODELS, "MODEL_REGISTRY", None, "looked up by name", _NEVER),
+    Seam(
+        "xfuser.model_executor.models.runner_models.stable_diffusion",
+        "xFuserStableDiffusionModel",
+        ("config",),
+        "the one of its models in whose place diffusers' pipeline runs",
+        "xDiT's SD3 runs diffusers' pipeline",
+    ),
     Seam(_MODELS, "xFuserModel", ("config",), "subclassed", _NEVER),
     Seam(
         _MODELS, "xFuserModel._validate_args", ("input_args",), "overridden: flags without effect are refused", _NEVER

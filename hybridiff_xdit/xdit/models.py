@@ -1,7 +1,7 @@
 """Models of xDiT's runner: its own under hybrid-cond, and any diffusers pipeline that has no model there.
 
 xDiT's classes are taken as they are. They load the pipeline, split its tokens, call it and save what it makes; what
-hybrid-cond adds is in `HybridModel`, which `with_hybrid` puts before any of them.
+hybrid-cond adds is in `HybridModel`, which `model_class` puts before any of them.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from xfuser.model_executor.models.runner_models.base_model import (  # noqa: E40
     ModelSettings,
     xFuserModel,
 )
+from xfuser.model_executor.models.runner_models.stable_diffusion import xFuserStableDiffusionModel  # noqa: E402
 
 #: Where xDiT's own models stand.
 _RUNNERS = "xfuser.model_executor.models.runner_models."
@@ -78,15 +79,13 @@ def model_class(name: str, hybrid: HybridConfig | None) -> type[xFuserModel]:
     Raises:
         ValueError: there is no such model.
     """
-    try:
-        checkpoint = resolve(name)
-    except ValueError:
-        if name not in MODEL_REGISTRY:
-            raise
-        return _class(MODEL_REGISTRY[name], hybrid)
-    if isinstance(checkpoint, FamilyCheckpoint):
+    known = MODEL_REGISTRY.get(name)
+    if known is not None and (hybrid is None or not issubclass(known, xFuserStableDiffusionModel)):
+        return _class(known, hybrid)
+    checkpoint = resolve(name)
+    if isinstance(checkpoint, FamilyCheckpoint):  # whose layers we split too, and diffusers' pipelines let us
         return _class(DiffusersModel if hybrid else LEGACY[checkpoint.family], hybrid)
-    return _class(MODEL_REGISTRY[name] if name in MODEL_REGISTRY else _of(checkpoint), hybrid)
+    return _class(_of(checkpoint), hybrid)
 
 
 def _of(checkpoint: Checkpoint) -> type[xFuserModel]:
@@ -124,10 +123,9 @@ def _takes_z_images_call() -> bool:
     from diffusers import ZImageTransformer2DModel
     from xfuser.model_executor.models.transformers.transformer_z_image import xFuserZImageTransformer2DWrapper
 
-    theirs, ours = (
-        inspect.signature(cls.forward) for cls in (ZImageTransformer2DModel, xFuserZImageTransformer2DWrapper)
-    )
-    return "joint_attention_kwargs" in ours.parameters or "joint_attention_kwargs" not in theirs.parameters
+    both = ZImageTransformer2DModel, xFuserZImageTransformer2DWrapper
+    theirs, xdits = (inspect.signature(cls.forward).parameters for cls in both)
+    return "joint_attention_kwargs" in xdits or "joint_attention_kwargs" not in theirs
 
 
 def _output_name(name: str) -> str:
@@ -197,7 +195,9 @@ def read_inputs(model: xFuserModel) -> set[str]:
     if isinstance(model, DiffusersModel):
         return {flag for flag in INPUTS if model.parameter(flag)}
     theirs = [cls for cls in type(model).__mro__ if cls.__module__.startswith(_RUNNERS) and cls is not xFuserModel]
-    return {name for cls in theirs for name in re.findall(r"input_args(?:\.get\(|\[)\"(\w+)", inspect.getsource(cls))}
+    return {
+        name for cls in theirs for name in re.findall(r"input_args(?:\.get\(|\[)[\"'](\w+)", inspect.getsource(cls))
+    }
 
 
 class DiffusersModel(xFuserModel):
