@@ -4,12 +4,15 @@ What is compared with is the runner's own model on one process, without the stra
 """
 
 import json
+import re
 
 import pytest
 import torch
 import zoo_batched
 import zoo_successive
 from nursery import TESTS, run
+
+from hybridiff_xdit.xdit import catalogue, compat
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -96,6 +99,25 @@ def test_every_branch_is_some_ranks(results, name):
     sent = results["exact"][name]["report"]["bytes_sent"]
     # FLUX has one stream, that every rank evaluates; xDiT guides Lumina2 for a quarter of the steps.
     assert (min(sent) > 2 * results["plain"][name]["made"].nbytes) == (name != "flux")
+
+
+def test_the_catalogue_tells_what_is_tested(results):
+    tested = {result["model"] for result in results["exact"].values()} - {"DiffusersModel"}
+    # Z-Image runs with diffusers' pipeline; SD3 is tested in test_xdit_runs.
+    assert tested == catalogue.TESTED - {"xFuserZImageModel", "xFuserStableDiffusionModel"}
+
+
+def test_the_catalogue():
+    head, *rows = (re.split(r"  +", row) for row in catalogue.table().splitlines())
+    assert head == ["--model", "streams a step", "xDiT's own", "--parallel hybrid-cond", "tested"]
+    models = {name: row[1:] for row in rows for name in row[0].split(", ")}
+    assert models["Wan2.1-T2V"] == ["2", "Ulysses, ring", "branches, Ulysses, ring", "yes"]
+    assert models["LTX-2.5-full"] == ["4", "Ulysses, ring", "branches, Ulysses, ring"]
+    assert models["FLUX.1-dev"] == ["1", "Ulysses, ring, PipeFusion", "SKIPPED steps, Ulysses, ring", "yes"]
+    assert models["Z-Image"] == ["2", "Ulysses, ring, CFG", "branches", "yes"]
+    assert {name for name in compat.models_of_xdit() if "/" not in name} == models.keys() - {
+        "FastVideo/FastVideo-FastH3-8-Step-V2"  # which has no other
+    }
 
 
 @pytest.mark.parametrize("name", SPLIT)

@@ -111,6 +111,7 @@ def run(source: Path, flags: list[str]) -> dict:
     made, _ = runner.run(inputs)
     pipe = runner.model.pipe
     return {
+        "model": type(runner.model).__name__,
         "denoiser": type(getattr(pipe, "transformer", None)).__name__,
         "made": torch.stack(made.images or made.videos) if made.images or made.videos else None,
         "report": last_report(pipe) if hybrid else None,

@@ -33,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         return _compare(argv[1:])
     if argv[:1] == ["serve"]:
         return _serve(argv[1:])
+    if argv[:1] == ["models"]:
+        return models(argv[1:])
     try:
         if {"-h", "--help"} & {*argv}:
             quieten(is_verbose=False)
@@ -79,6 +81,22 @@ def _compare(argv: list[str]) -> int:
     except ValueError as error:
         _refuse("xdit-hybrid compare", error)
     return _run(processes.start("hybridiff_xdit.xdit.compare", args, argv), args.verbose)
+
+
+def models(argv: list[str]) -> int:
+    """Print what there is for each model of xDiT's runner."""
+    parser = argparse.ArgumentParser(
+        prog="xdit-hybrid models",
+        description="List the models of xDiT's runner: how many streams a step evaluates by default, how xDiT splits "
+        "the work by itself, what --parallel hybrid-cond deals out or saves and combines with, and "
+        "whether that is tested. --model also takes a hub id or a folder of any diffusers pipeline.",
+    )
+    parser.parse_args(argv)
+    quieten(is_verbose=False)
+    from . import catalogue  # it imports xDiT
+
+    print(catalogue.table())
+    return 0
 
 
 def plan(argv: list[str]) -> int:

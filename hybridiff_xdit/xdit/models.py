@@ -108,7 +108,7 @@ def _class(base: type[xFuserModel], hybrid: HybridConfig | None) -> type[xFuserM
     """A class with what the machine and the strategy add to it."""
     added = [] if has_accelerator() else [OnCPU]
     fields: dict[str, Any] = {"__module__": base.__module__}
-    if base.__module__.endswith(".z_image") and not _takes_z_images_call():
+    if base.__module__.endswith(".z_image") and not takes_z_images_call():
         fields["source"] = base.settings.model_name
         base = DiffusersModel
     if hybrid is not None:
@@ -118,7 +118,7 @@ def _class(base: type[xFuserModel], hybrid: HybridConfig | None) -> type[xFuserM
     return type(base.__name__, (*added, base), fields)
 
 
-def _takes_z_images_call() -> bool:
+def takes_z_images_call() -> bool:
     """Whether xDiT's Z-Image takes what diffusers' pipeline calls it with. (xfuser 0.7.0's with 0.42 does not.)"""
     from diffusers import ZImageTransformer2DModel
     from xfuser.model_executor.models.transformers.transformer_z_image import xFuserZImageTransformer2DWrapper

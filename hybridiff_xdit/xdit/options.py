@@ -101,7 +101,8 @@ def build_parser() -> argparse.ArgumentParser:
         usage="%(prog)s --model MODEL --prompt PROMPT [--parallel STRATEGY] [--hybrid_...] [flags of xdit]\n"
         "       %(prog)s plan --model MODEL [--gpus N] [--size PIXELS] ...   (see %(prog)s plan --help)\n"
         "       %(prog)s compare --model MODEL --prompt PROMPT --out DIR ... (see %(prog)s compare --help)\n"
-        "       %(prog)s serve --model MODEL --parallel hybrid-cond ...      (see %(prog)s serve --help)",
+        "       %(prog)s serve --model MODEL --parallel hybrid-cond ...      (see %(prog)s serve --help)\n"
+        "       %(prog)s models                                              (what there is for each model of xDiT's)",
         description="Make pictures with one of xDiT's parallel strategies or with hybrid-cond, on as many processes as "
         "the strategy needs. Takes what `xdit` takes.",
     )
