@@ -68,7 +68,7 @@ OF_PIPELINE = {
 }
 
 #: What is asked for unless the user says otherwise, where xDiT's default is to do without guidance.
-GUIDED = {"xFuserQwenImageModel": {"guidance_scale": 4.0, "negative_prompt": " "}}
+GUIDED: dict[str, dict[str, Any]] = {"xFuserQwenImageModel": {"guidance_scale": 4.0, "negative_prompt": " "}}
 
 
 def model_class(name: str, hybrid: HybridConfig | None) -> type[xFuserModel]:
