@@ -69,7 +69,8 @@ def _server() -> Any:
 
 
 def main() -> None:
-    importlib.import_module("hybridiff_xdit.xdit.runner")  # and with it everything that is large
+    os.environ.setdefault("LOG_LEVEL", "error")  # xDiT would log to where the answers go
+    importlib.import_module("hybridiff_xdit.xdit.models")  # and with it everything that is large
     for line in sys.stdin:
         job = json.loads(line)
         importlib.import_module(job.pop("warm"))

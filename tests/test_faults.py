@@ -352,5 +352,5 @@ def test_a_denoiser_that_is_not_understood_is_refused_where_it_is_split(part):
     "parts", [{"unet": torch.nn.Linear(2, 2)}, {"prior": None, "scheduler": DDIMScheduler()}], ids=["no scheduler", ""]
 )
 def test_a_pipeline_without_scheduler_or_denoiser_is_refused(parts):
-    with pytest.raises(ValueError, match="needs a pipeline with a scheduler and a denoiser"):
+    with pytest.raises(ValueError, match="needs a pipeline with a scheduler of diffusers' and a denoiser"):
         apply_hybrid(Pipe(**parts), HybridConfig())

@@ -8,6 +8,7 @@ import copy
 import functools
 import gc
 import importlib
+import inspect
 import os
 import pickle
 import threading
@@ -31,6 +32,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -942,16 +944,15 @@ def test_a_flag_without_effect_is_an_error(model, flags, strategy):
         options.prepare(options.build_parser().parse_args([*argv, *flags]), gpus=8)
 
 
-def test_the_longest_prompt_of_sd3_is_handed_on():
-    from hybridiff_xdit.xdit.models import SD3Model
+def test_the_longest_prompt_of_sd3_is_handed_on(monkeypatch):
+    from hybridiff_xdit.xdit import models
 
     given = {}
-
-    def pipe(**kwargs):
-        given.update(kwargs)
-
-    pipe._execution_device = "cpu"
-    model = SimpleNamespace(pipe=pipe, hybrid=None)
+    model = object.__new__(models.DiffusersModel)
+    model.pipe = SimpleNamespace(_execution_device="cpu")
+    model._parameters = inspect.signature(StableDiffusion3Pipeline.__call__).parameters
+    model._make = lambda call: given.update(call) or []
+    monkeypatch.setattr(models, "get_data_parallel_world_size", lambda: 1)
     asked = dict(prompt=["a cat"], height=32, width=32, num_inference_steps=4, guidance_scale=5.0, seed=0)
-    SD3Model._run_pipe(model, {**asked, "max_sequence_length": 77})
+    model._run_pipe({**asked, "max_sequence_length": 77})
     assert given["max_sequence_length"] == 77

@@ -10,7 +10,9 @@ import pytest
 import torch
 import zoo_batched
 import zoo_successive
+from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
 from nursery import TESTS, run
+from peft import LoraConfig, get_peft_model_state_dict
 
 from hybridiff_xdit.xdit import catalogue, compat
 
@@ -30,6 +32,7 @@ MODELS = {
     "krea2": "xFuserKrea2Transformer2DWrapper",
     "flux": "xFuserFlux1Transformer2DWrapper",
     "flux2-klein": "xFuserFlux2Transformer2DWrapper",
+    "ltx2": "xFuserLTX2VideoTransformer3DWrapper",
     "z-image": "ZImageTransformer2DModel",
     "pixart": "PixArtTransformer2DModel",
     "kolors": "NoneType",  # a U-Net
@@ -51,6 +54,18 @@ RUNS = [
 ]
 
 
+def second_stage(pipe, call, folder):
+    """Add what xDiT's LTX-2 makes a second pass with; what its calls are given."""
+    LTX2LatentUpsamplerModel(in_channels=8, mid_channels=32, num_blocks_per_stage=1).save_pretrained(
+        folder / "latent_upsampler"
+    )
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    layers = get_peft_model_state_dict(pipe.transformer)
+    pipe.save_lora_weights(folder, layers, weight_name="ltx-2-19b-distilled-lora-384.safetensors")
+    kept = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
+    return {key: value for key, value in call.items() if key in kept or "prompt" in key}
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """By name of the run: what its last rank saved, by case."""
@@ -59,6 +74,8 @@ def results(tmp_path_factory):
         pipe = ZOO[name].build()
         call = ZOO[name].kwargs(pipe)
         pipe.save_pretrained(folder / name)
+        if name == "ltx2":
+            call = second_stage(pipe, call, folder / name)
         torch.save(call, folder / name / "call.pt")
         if name in ("wan21-i2v", "qwen-edit"):
             call["image"].save(folder / name / "picture.png")

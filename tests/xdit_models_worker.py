@@ -110,10 +110,12 @@ def run(source: Path, flags: list[str]) -> dict:
     runner.initialize(inputs)
     made, _ = runner.run(inputs)
     pipe = runner.model.pipe
+    # LTX-2 hands out frames and sound in one.
+    latents = [part for one in made.images or made.videos or [] for part in getattr(one, "frames", [one])]
     return {
         "model": type(runner.model).__name__,
         "denoiser": type(getattr(pipe, "transformer", None)).__name__,
-        "made": torch.stack(made.images or made.videos) if made.images or made.videos else None,
+        "made": torch.stack(latents) if latents else None,
         "report": last_report(pipe) if hybrid else None,
     }
 

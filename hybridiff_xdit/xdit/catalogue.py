@@ -19,7 +19,8 @@ _UNTRIED = ("causal_wan", "lingbot_video", "minimax_h3")
 TESTED = {
     *("xFuserWan21T2VModel", "xFuserWan22T2VModel", "xFuserWan21I2VModel", "xFuserQwenImageModel"),
     *("xFuserQwenImageEditModel", "xFuserHunyuanvideo15Model", "xFuserLumina2Model", "xFuserKrea2RawModel"),
-    *("xFuserFluxModel", "xFuserFlux2Klein9BModel", "xFuserZImageModel", "xFuserStableDiffusionModel"),
+    *("xFuserFluxModel", "xFuserFlux2Klein9BModel", "xFuserLTX2VideoModel", "xFuserZImageModel"),
+    "xFuserStableDiffusionModel",
 }
 
 

@@ -207,14 +207,12 @@ LEDGER = (
         _CPU,
     ),
     *(
-        Seam(
-            "xfuser",
-            f"{name}.from_pretrained",
-            ("pretrained_model_name_or_path", "engine_config"),
-            "xDiT's own strategies on SD3 and SDXL, to compare with",
-            _NEVER,
+        Seam("xfuser", name, parameters, "xDiT's own strategies on SD3 and SDXL, to compare with", _NEVER)
+        for pipeline in ("xFuserStableDiffusion3Pipeline", "xFuserStableDiffusionXLPipeline")
+        for name, parameters in (
+            (pipeline, None),
+            (f"{pipeline}.from_pretrained", ("pretrained_model_name_or_path", "engine_config")),
         )
-        for name in ("xFuserStableDiffusion3Pipeline", "xFuserStableDiffusionXLPipeline")
     ),
     Seam(_BASE, "xFuserPipelineBaseWrapper", None, "its scheduler is diffusers' again", _STRATEGY),
     Seam(_GROUPS, "parallel_state", None, "the module of the next three", _NEVER),
@@ -250,6 +248,13 @@ LEDGER = (
         ("config",),
         "the one of its models in whose place diffusers' pipeline runs",
         "xDiT's SD3 runs diffusers' pipeline",
+    ),
+    Seam(
+        "xfuser.model_executor.models.transformers.transformer_z_image",
+        "xFuserZImageTransformer2DWrapper",
+        None,
+        "whether it takes what diffusers' pipeline calls it with",
+        "xDiT's Z-Image runs with diffusers 0.42",
     ),
     Seam(_MODELS, "xFuserModel", ("config",), "subclassed", _NEVER),
     Seam(

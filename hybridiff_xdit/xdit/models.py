@@ -361,7 +361,12 @@ class OnCPU(xFuserModel):
     def __init__(self, config: xFuserArgs) -> None:
         super().__init__(config)
         if hasattr(self, "loader"):
-            self.loader.materialize_pipeline = lambda: self.pipe.to(dtype=torch.float32)
+            self.loader.materialize_pipeline = self._in_float32
+
+    def _in_float32(self) -> None:
+        for name in ("pipe", "second_pipe", "upsample_pipe"):  # LTX-2 makes a second pass
+            if pipe := getattr(self, name, None):
+                pipe.to(dtype=torch.float32)
 
     def _run_timed_pipe(self, input_args: dict[str, Any]) -> tuple[DiffusionOutput, float]:
         if hasattr(self, "prepare_run"):
