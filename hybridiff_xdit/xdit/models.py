@@ -215,6 +215,8 @@ class DiffusersModel(xFuserModel):
             raise ValueError(f"--model {config.model}: diffusers {diffusers.__version__} has no {name}.")
         self._parameters = inspect.signature(pipeline.__call__).parameters
         is_video = "num_frames" in self._parameters
+        if is_video:
+            config.use_vae_channels_last_format = False  # xDiT would take the VAE for one of three dimensions
         self.settings = ModelSettings(
             model_name=checkpoint.source,
             output_name=_output_name(checkpoint.name),
@@ -285,13 +287,12 @@ class DiffusersModel(xFuserModel):
         made = self._make(call)
         if get_data_parallel_world_size() > 1:
             made = _gathered(made)
-        if not made:
-            return DiffusionOutput(images=[], pipe_args=input_args)
-        first = made[0] if self.settings.model_output_type == "image" else made[0][0]
-        height, width = first.shape[:2] if hasattr(first, "shape") else (first.height, first.width)
-        pipe_args = {**input_args, "height": height, "width": width}
         kind = {"image": "images", "video": "videos"}[self.settings.model_output_type]
-        return DiffusionOutput(**{kind: made}, pipe_args=pipe_args)
+        if not made:
+            return DiffusionOutput(**{kind: []}, pipe_args=input_args)
+        first = made[0] if kind == "images" else made[0][0]
+        height, width = first.shape[:2] if hasattr(first, "shape") else (first.height, first.width)
+        return DiffusionOutput(**{kind: made}, pipe_args={**input_args, "height": height, "width": width})
 
     def _make(self, call: dict[str, Any]) -> list[Any]:
         """The pictures that this rank hands out."""
