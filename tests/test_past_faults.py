@@ -950,6 +950,7 @@ def test_the_longest_prompt_of_sd3_is_handed_on(monkeypatch):
     given = {}
     model = object.__new__(models.DiffusersModel)
     model.pipe = SimpleNamespace(_execution_device="cpu")
+    model.settings = SimpleNamespace(model_output_type="image")
     model._parameters = inspect.signature(StableDiffusion3Pipeline.__call__).parameters
     model._make = lambda call: given.update(call) or []
     monkeypatch.setattr(models, "get_data_parallel_world_size", lambda: 1)
