@@ -7,7 +7,6 @@ import pytest
 import tiny
 import torch
 import xdit_tiny
-from diffusers import DiffusionPipeline
 from test_xdit_runs import torchrun
 from xdit_batch_worker import CASES, COMMON
 
@@ -45,7 +44,7 @@ def test_they_are_the_pictures_of_one_process(run, name, case):
     if (name, case) not in ranks[0]:
         assert name == "sdxl"  # no sequence to split
         return
-    pipe = DiffusionPipeline.from_pretrained(folder / name, **xdit_tiny.ABSENT[name])
+    pipe = xdit_tiny.load(folder / name)
     call = {**CASES[case], **COMMON, "output_type": output_type}
     expected = pipe(**call, generator=xdit_tiny.generator()).images
     size = len(ranks) // groups

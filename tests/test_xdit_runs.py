@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import xdit_tiny
-from diffusers import DiffusionPipeline
 from nursery import ENV, TESTS, free_port, run, run_module
 from PIL import Image
 
@@ -58,12 +57,6 @@ def results(models):
     return [torch.load(models / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-def load(models, name):
-    pipe = DiffusionPipeline.from_pretrained(models / name, **xdit_tiny.ABSENT[name])
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @torch.no_grad()
 def branch_by_branch(pipe, call):
     """SD3's loop with the two branches evaluated one by one, [B, C, H, W]."""
@@ -91,12 +84,12 @@ def branch_by_branch(pipe, call):
 
 
 def test_sd3_all_full_is_bit_identical(models, results):
-    expected = branch_by_branch(load(models, "sd3"), xdit_tiny.CALLS["sd3"])
+    expected = branch_by_branch(xdit_tiny.load(models / "sd3"), xdit_tiny.CALLS["sd3"])
     assert torch.equal(results[1]["sd3", "cfg"][0], expected)
 
 
 def test_sdxl_with_prompts_and_images_is_plain_diffusers(models, results):
-    expected = load(models, "sdxl")(
+    expected = xdit_tiny.load(models / "sdxl")(
         **xdit_tiny.CALLS["sdxl"], **xdit_tiny.COMMON, generator=xdit_tiny.generator()
     ).images
     assert expected.shape[0] == 4
@@ -156,7 +149,7 @@ def test_cli_deals_pictures_out(models, tmp_path):
     result = subprocess.run(command, env=ENV, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-4000:]
     size = {"height": 32, "width": 32, "num_inference_steps": 6, "guidance_scale": 5, "output_type": "np"}
-    expected = load(models, "sdxl")(prompts, **size, generator=xdit_tiny.generator()).images
+    expected = xdit_tiny.load(models / "sdxl")(prompts, **size, generator=xdit_tiny.generator()).images
     for i, picture in enumerate(expected):
         found = Image.open(tmp_path / f"sdxl_hybrid-cond_u1r1_tc_False_32x32_{i}.png")
         assert abs(np.asarray(found) - 255 * picture).max() < 1  # one 8-bit level

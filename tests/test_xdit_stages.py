@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import xdit_tiny
-from diffusers import DiffusionPipeline
 from nursery import run_module
 from PIL import Image
 
@@ -21,7 +20,7 @@ PLAN = "FFFFFPPFSF"
 
 def simulated(folder, name, prompts):
     """Pictures, [N, H, W, C] in [0, 1]."""
-    pipe = DiffusionPipeline.from_pretrained(folder / name, **xdit_tiny.ABSENT[name])
+    pipe = xdit_tiny.load(folder / name)
     apply_hybrid(pipe, HybridConfig(plan=PLAN, stages=4), simulate=True)
     call = {"height": 32, "width": 32, "num_inference_steps": 10, "guidance_scale": 5, "output_type": "np"}
     return pipe(prompts, **call, generator=xdit_tiny.generator()).images

@@ -16,6 +16,7 @@ import zoo_successive  # noqa: F401  # a checkpoint names a class of it
 from diffusers import DiffusionPipeline, Krea2Transformer2DModel
 
 from hybridiff_xdit import last_report
+from hybridiff_xdit.seam.checkpoints import resolve
 from hybridiff_xdit.xdit import options
 from hybridiff_xdit.xdit.runner import HybridRunner
 
@@ -56,8 +57,7 @@ def load_without_texts() -> None:
     original = DiffusionPipeline.from_pretrained.__func__
 
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        index = json.loads(Path(pretrained_model_name_or_path, "model_index.json").read_text())
-        absent = dict.fromkeys(name for name, origin in index.items() if origin == [None, None])
+        absent = dict.fromkeys(resolve(pretrained_model_name_or_path).absent)
         return original(cls, pretrained_model_name_or_path, **{**absent, **kwargs})
 
     DiffusionPipeline.from_pretrained = classmethod(from_pretrained)

@@ -227,7 +227,11 @@ def table(predictions: Sequence[Prediction], machine: Machine) -> str:
         "MB sent by a rank",
         "flags beside --parallel hybrid-cond",
     )
-    rows = [head, *(_cells(prediction, machine) for prediction in predictions)]
+    return aligned([head, *(_cells(prediction, machine) for prediction in predictions)])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text, in columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

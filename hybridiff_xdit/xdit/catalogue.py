@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..planner import aligned
 from .models import GUIDED, MODEL_REGISTRY, takes_z_images_call, xFuserModel
 
 #: Models that are guided by default though no flag of theirs says so: their pipeline has a guider, or two networks.
@@ -40,11 +41,8 @@ def table() -> str:
     for name, model in MODEL_REGISTRY.items():
         names.setdefault(model, []).append(name)
     head = ("--model", "streams a step", "xDiT's own", "--parallel hybrid-cond", "tested")
-    rows = [head, *(_row(model, known) for model, known in sorted(names.items(), key=lambda item: item[1][-1].lower()))]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    by_name = sorted(names.items(), key=lambda item: item[1][-1].lower())
+    return aligned([head, *(_row(model, known) for model, known in by_name)])
 
 
 def _row(model: type[xFuserModel], names: list[str]) -> tuple[str, ...]:

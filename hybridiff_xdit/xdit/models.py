@@ -251,12 +251,12 @@ class DiffusersModel(xFuserModel):
         names = {"input_images": ("image",), "guidance_scale": ("true_cfg_scale", "guidance_scale")}.get(flag, (flag,))
         return next((name for name in names if name in self._parameters), None)
 
+    def _how_to_load(self) -> dict[str, Any]:
+        dtype = self.checkpoint.dtype if has_accelerator() else torch.float32
+        return {"torch_dtype": dtype, **dict.fromkeys(self.checkpoint.absent)}
+
     def _load_model(self) -> DiffusionPipeline:
-        pipe = DiffusionPipeline.from_pretrained(
-            self.checkpoint.source,
-            torch_dtype=self.checkpoint.dtype if has_accelerator() else torch.float32,
-            **dict.fromkeys(self.checkpoint.absent),
-        )
+        pipe = DiffusionPipeline.from_pretrained(self.checkpoint.source, **self._how_to_load())
         if self.config.use_torch_compile and isinstance(self.checkpoint, FamilyCheckpoint):
             compile_blocks(denoiser_of(pipe))
         return pipe
@@ -317,8 +317,7 @@ class LegacyModel(DiffusersModel):
         return self.pipeline.from_pretrained(
             pretrained_model_name_or_path=self.checkpoint.source,
             engine_config=self.engine_config,
-            torch_dtype=self.checkpoint.dtype if has_accelerator() else torch.float32,
-            **dict.fromkeys(self.checkpoint.absent),
+            **self._how_to_load(),
         )
 
     def _make(self, call: dict[str, Any]) -> list[Any]:
