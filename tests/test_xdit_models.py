@@ -66,11 +66,9 @@ def second_stage(pipe, call, folder):
     return {key: value for key, value in call.items() if key in kept or "prompt" in key}
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """By name of the run: what its last rank saved, by case."""
-    folder = tmp_path_factory.mktemp("models")
-    for name in MODELS:
+def save(folder, names):
+    """Write a checkpoint of each of these models, and what its pipeline is called with."""
+    for name in names:
         pipe = ZOO[name].build()
         call = ZOO[name].kwargs(pipe)
         pipe.save_pretrained(folder / name)
@@ -79,6 +77,13 @@ def results(tmp_path_factory):
         torch.save(call, folder / name / "call.pt")
         if name in ("wan21-i2v", "qwen-edit"):
             call["image"].save(folder / name / "picture.png")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """By name of the run: what its last rank saved, by case."""
+    folder = tmp_path_factory.mktemp("models")
+    save(folder, MODELS)
     found = {}
     for name, processes, flags, cases in RUNS:
         run(TESTS / "xdit_models_worker.py", folder, name, json.dumps(flags), *cases, processes=processes)

@@ -1,0 +1,79 @@
+"""The models of xDiT's runner under hybrid-cond on two GPUs: tiny checkpoints, in bf16 as the runner loads them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import test_xdit_models
+import torch
+from nursery import FOLDERS, TESTS
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+]
+
+MODELS = test_xdit_models.MODELS
+EXACT = [*test_xdit_models.HYBRID, "--hybrid_policy", "cfg"]
+PLAN = [*test_xdit_models.HYBRID, "--hybrid_plan", test_xdit_models.PLAN]
+COMPILED = ["wan21-unipc", "qwen", "pixart"]
+#: Name, processes, flags and cases of each run.
+RUNS = [
+    ("plain", 1, [], [*MODELS]),
+    ("exact", 2, EXACT, [*MODELS]),
+    ("eager", 2, [*EXACT, "--hybrid_cuda_graphs", "off"], [*MODELS]),
+    ("alone", 1, PLAN, test_xdit_models.SKIPPING),
+    ("skipping", 2, PLAN, test_xdit_models.SKIPPING),
+    ("compiled", 2, [*EXACT, "--use_torch_compile"], COMPILED),
+]
+ROUNDING = 0.1  # of the largest latent: bf16, eight steps, and batches of one beside a batch of two
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """By name of the run: what its last rank saved, by case."""
+    folder = tmp_path_factory.mktemp("models")
+    test_xdit_models.save(folder, MODELS)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, FOLDERS), os.environ.get("PYTHONPATH", "")])}
+    found = {}
+    for name, processes, flags, cases in RUNS:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += [str(TESTS / "xdit_models_worker.py"), str(folder), name, json.dumps(flags), *cases]
+        ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        assert not ran.returncode, ran.stderr[-4000:]
+        found[name] = torch.load(folder / f"{name}-{processes - 1}.pt", weights_only=False)
+    return found
+
+
+def made(results, run, name):
+    result = results[run][name]
+    assert "error" not in result, result["trace"]
+    return result["made"].float().cpu()
+
+
+def off(found, expected):
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_exact_is_the_runners_own(results, name):
+    found, expected = made(results, "exact", name), made(results, "plain", name)
+    assert expected.isfinite().all() and off(found, expected) < ROUNDING
+    assert torch.equal(made(results, "eager", name), found)
+    assert results["exact"][name]["report"]["plan"] == "F" * 8
+
+
+@pytest.mark.parametrize("name", test_xdit_models.SKIPPING)
+def test_skipped_steps(results, name):
+    found, alone = made(results, "skipping", name), made(results, "alone", name)
+    assert results["skipping"][name]["report"]["plan"] == test_xdit_models.PLAN
+    assert off(found, alone) < ROUNDING
+    assert not torch.equal(found, made(results, "plain", name))
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled(results, name):
+    assert off(made(results, "compiled", name), made(results, "exact", name)) < ROUNDING
