@@ -9,11 +9,13 @@ import json
 import os
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 
 import torch
 import zoo_successive  # noqa: F401  # a checkpoint names a class of it
 from diffusers import DiffusionPipeline, Krea2Transformer2DModel
+from torch.utils._pytree import tree_map_only
 
 from hybridiff_xdit import last_report
 from hybridiff_xdit.seam.checkpoints import resolve
@@ -76,7 +78,8 @@ def calls_with(pipe: DiffusionPipeline, call: dict) -> None:
 
     def called(self, **kwargs):
         kwargs = {key: value for key, value in kwargs.items() if "prompt" not in key}
-        output = original(self, **{**kwargs, **GIVEN[cls], "output_type": "latent"})
+        given = tree_map_only(torch.Tensor, partial(as_its_own, self), GIVEN[cls])
+        output = original(self, **{**kwargs, **given, "output_type": "latent"})
         if output is None or isinstance(output, tuple):
             return output
         key = "frames" if hasattr(output, "frames") else "images"
@@ -85,6 +88,12 @@ def calls_with(pipe: DiffusionPipeline, call: dict) -> None:
 
     if is_new:
         cls.__call__ = called
+
+
+def as_its_own(pipe: DiffusionPipeline, given: torch.Tensor) -> torch.Tensor:
+    """An argument as the pipeline's denoiser takes it."""
+    denoiser = getattr(pipe, "transformer", None) or pipe.unet
+    return given.to(denoiser.device, denoiser.dtype if given.is_floating_point() else None)
 
 
 def run(source: Path, flags: list[str]) -> dict:

@@ -118,15 +118,19 @@ def compile_blocks(denoiser: torch.nn.Module, **options: Any) -> None:
 
     Their forwards, not the modules: what chooses the steps stays Python, and so do the hooks that watch a block.
     """
-    import torch._inductor.config
-
-    # The ranks evaluate different blocks at different times; this check would have them compare their graphs.
-    check = "aten_distributed_optimizations.spmd_check"
-    if options.keys().isdisjoint(("mode", "backend")) and check in torch._inductor.config.get_config_copy():
-        options["options"] = {check: False, **options.get("options", {})}
+    if options.keys().isdisjoint(("mode", "backend")):
+        options["options"] = {**compile_apart(), **options.get("options", {})}
     for module in denoiser.modules():
         if type(module).__name__ in ("JointTransformerBlock", "BasicTransformerBlock"):
             module.forward = torch.compile(module.forward, **options)
+
+
+def compile_apart() -> dict[str, bool]:
+    """Inductor's options for ranks that evaluate different blocks at different times: they do not compare graphs."""
+    import torch._inductor.config
+
+    check = "aten_distributed_optimizations.spmd_check"
+    return {check: False} if check in torch._inductor.config.get_config_copy() else {}
 
 
 @contextmanager

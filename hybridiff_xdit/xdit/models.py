@@ -24,7 +24,7 @@ from ..seam.checkpoints import Checkpoint, FamilyCheckpoint, resolve
 from ..seam.hooks import DENOISERS, denoiser_of
 from . import batch
 from .compat import has_accelerator, import_xfuser
-from .groups import apply_on_groups, compile_blocks, many_pairs, one_branch
+from .groups import apply_on_groups, compile_apart, compile_blocks, many_pairs, one_branch
 
 import_xfuser()
 
@@ -161,11 +161,10 @@ class HybridModel(xFuserModel):
         self.is_applied = True
 
     def _compile_model(self, input_args: dict[str, Any]) -> None:
-        import torch._inductor.config as inductor
+        import torch._inductor.config
 
-        # The ranks compile at different times; this check would have them wait for one another.
-        if hasattr(inductor, "aten_distributed_optimizations"):
-            inductor.aten_distributed_optimizations.spmd_check = False
+        for name, value in compile_apart().items():
+            setattr(torch._inductor.config, name, value)
         self._apply()  # what is compiled is what will run: one branch's evaluation
         super()._compile_model(input_args)
 
