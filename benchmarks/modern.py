@@ -1,4 +1,4 @@
-"""Time large guided models through plain diffusers: a branch's forward, one GPU, and `hybrid-cond` on two.
+"""Time large guided models: a branch's forward, one GPU, `hybrid-cond`, and how others split a denoiser.
 
     PYTHONPATH=. torchrun --nproc_per_node 2 benchmarks/modern.py --models qwen-image wan-14b --steps 10 --out DIR
     PYTHONPATH=. torchrun --nproc_per_node 2 benchmarks/modern.py --tiny --steps 5 --repeats 2 --out DIR
@@ -8,17 +8,21 @@ and latents come out. With ``--tiny`` they are small models of the same classes,
 
     eager     one branch's forward in a loop; Python launches the kernels
     graph     the same forward as a CUDA graph, where it can be captured
-    one-gpu   the plain pipeline on rank 0, which evaluates both branches; rank 1 waits
-    cfg       every step FULL, on two ranks
-    plan      a fixed plan on two ranks: one step in five is SKIPPED, spread evenly after a warm-up
-    adaptive  a target speed-up of 2.5 on two ranks; with random weights its choice of steps means nothing
+    one-gpu   the plain pipeline on rank 0, which evaluates all streams; the other ranks wait
+    cfg       every step FULL
+    plan      a fixed plan: one step in five is SKIPPED, spread evenly after a warm-up: a bound of 2.5 on two ranks
+    plan-40   a fixed plan: two steps in five are, a bound of 3.3
+    adaptive  a target speed-up of 2.5; with random weights its choice of steps means nothing
+    context   diffusers' context parallelism: Ulysses over all ranks
+    ulysses   xDiT's Ulysses over all ranks; ``ring``: its ring attention. Both need ``--xdit``
+    dbcache   xDiT's Ulysses, and its ``--cache_method dbcache`` with the preset that it has for the model
 
-The strategies take turns. In each turn a strategy is set up anew, warmed up by a run that ends, and measured by one
-whole run (or ``--forwards`` forwards). (A run that is interrupted teaches `hybrid-cond` nothing: where a pipeline calls
-its denoiser once a branch, both ranks would evaluate both branches on the first step of the next run again.) A run's
-time is that of the whole call of the pipeline, from a barrier to the end of the GPU's work, on the slower rank. Both
-ranks measure a forward at once, each on its own GPU. F is the smaller of eager and graph on the slower rank, and the
-floor of a run is F times the forwards that a rank makes. The results are
+With ``--xdit`` the denoisers are xDiT's own, on its groups, for every strategy: with more than two ranks those of a
+branch split its tokens by Ulysses. The strategies take turns. In each turn a strategy is set up anew, warmed up by a
+run that ends, and measured by one whole run, or by as many forwards in a row as a run has steps: a GPU slows down under
+load. A run's time is that of the whole call of the pipeline, from a barrier to the end of the GPU's work, on the slower
+rank, and *loop* that of its denoising loop. All ranks measure a forward at once, each on its own GPU. F is the smaller
+of eager and graph on the slower rank, and the floor of a run is F times the forwards that a rank makes. The results are
 in DIR/modern.json, which is rewritten after each turn, and DIR/modern.md.
 """
 
@@ -32,8 +36,8 @@ import statistics
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,106 +46,50 @@ import group
 import timing
 import torch
 import torch.distributed as dist
-from scenarios import SCENARIOS, _made_in
-from torch.utils._pytree import tree_map
+from pipelines import MODELS, NAMES_IN_XDIT, make
 
 from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
+from hybridiff_xdit.evaluate.calls import Call, count_parts, part, read_call
 
-MODELS = ("qwen-image", "wan-14b", "sd3-medium", "sdxl")
 FORWARDS = ("eager", "graph")
-STRATEGIES = (*FORWARDS, "one-gpu", "cfg", "plan", "adaptive")
-
-QWEN_TINY: dict[str, Any] = dict(num_layers=4, num_attention_heads=3, attention_head_dim=16, axes_dims_rope=(8, 4, 4))
-QWEN_TINY |= dict(joint_attention_dim=32, in_channels=16, out_channels=4)
-QWEN_SHIFT = dict(use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02)
-WAN_TINY = dict(num_layers=4, num_attention_heads=2, attention_head_dim=12, text_dim=32, ffn_dim=32)
-WAN_FLOW = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-HEAD = "model | strategy | s, median (min - max) | ms a step | of floor | over one GPU | bound | error | GiB by rank"
+OURS = ("cfg", "plan", "plan-40", "adaptive")
+XDITS = {"ulysses": "ulysses_degree", "ring": "ring_degree", "dbcache": "ulysses_degree"}
+STRATEGIES = (*FORWARDS, "one-gpu", *OURS, "context", *XDITS)
+HEAD = "model | strategy | s, median (min - max) | ms a step | of floor | its loop | over one GPU | bound | error | GiB"
 
 
-def make(model: str, device: torch.device, is_tiny: bool) -> tuple[Any, dict[str, Any]]:
-    """A model's pipeline, with the same random weights on every rank, and the arguments of its call."""
-    absent: dict[str, Any] = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
-    if model == "qwen-image":
-        with device, _made_in(torch.bfloat16):  # the classes' defaults are the published configurations
-            denoiser: Any = diffusers.QwenImageTransformer2DModel(**QWEN_TINY if is_tiny else {})
-        scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler(**QWEN_SHIFT)
-        pipe: Any = diffusers.QwenImagePipeline(transformer=denoiser, scheduler=scheduler, **absent)
-        side = 128 if is_tiny else 1024
-        arguments: dict[str, Any] = dict(height=side, width=side, true_cfg_scale=4.0)
-        arguments |= embeds(denoiser, denoiser.config.joint_attention_dim, 200, 20)
-    elif model == "wan-14b":
-        with device, _made_in(torch.bfloat16):
-            denoiser = diffusers.WanTransformer3DModel(**WAN_TINY if is_tiny else {})
-        scheduler = diffusers.UniPCMultistepScheduler(**WAN_FLOW)
-        pipe = diffusers.WanPipeline(transformer=denoiser, scheduler=scheduler, **absent)
-        size = dict(height=64, width=64, num_frames=9) if is_tiny else dict(height=480, width=832, num_frames=81)
-        arguments = dict(size, guidance_scale=5.0, **embeds(denoiser, denoiser.config.text_dim, 512, 512))
-    else:
-        scenario = SCENARIOS[f"{model.partition('-')[0]}-tiny" if is_tiny else f"{model}-1024"]
-        pipe = scenario.pipeline(device, torch.bfloat16)
-        denoiser, arguments = pipe.unet if model == "sdxl" else pipe.transformer, scenario.arguments(pipe)
-    fill(denoiser.eval())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe, dict(arguments, output_type="latent", return_dict=False)
-
-
-def embeds(denoiser: Any, width: int, cond: int, uncond: int) -> dict[str, torch.Tensor]:
-    """Random embeddings of so many tokens."""
-    generator, names = torch.Generator().manual_seed(1), ("prompt_embeds", "negative_prompt_embeds")
-    tokens = zip(names, (cond, uncond), strict=True)
-    return {
-        name: torch.randn(1, n, width, generator=generator).to(denoiser.device, torch.bfloat16) for name, n in tokens
-    }
-
-
-@torch.no_grad()
-def fill(denoiser: Any) -> None:
-    """Draw the weights where they lie. What `from_pretrained` keeps in fp32 becomes fp32."""
-    torch.manual_seed(0)
-    for module in denoiser.modules():
-        for name, weight in module.named_parameters(recurse=False):
-            is_scale = name == "weight" and "Norm" in type(module).__name__
-            weight.fill_(1) if is_scale else weight.normal_(0, 0.02)
-    kept = denoiser._keep_in_fp32_modules or ()
-    for name, weight in denoiser.named_parameters():
-        if any(part in kept for part in name.split(".")):
-            weight.data = weight.data.float()
-
-
-def plan_of(steps: int) -> str:
-    """Letters of a plan with one SKIPPED step in five: nearly a third is warm-up, and the last step is FULL."""
-    count, start = round(0.2 * steps), round(0.3 * steps)
+def plan_of(steps: int, share: float = 0.2) -> str:
+    """Letters of a plan that SKIPS this share of the steps: nearly a third is warm-up, and the last step is FULL."""
+    count, start = round(share * steps), round(0.3 * steps)
     skipped = {start + int((i + 0.5) * (steps - 1 - start) / count) for i in range(count)}
     return "".join("S" if step in skipped else "F" for step in range(steps))
 
 
-def run(pipe: Any, arguments: dict[str, Any], steps: int | None = None) -> torch.Tensor:
-    """The latents that the pipeline returns; with ``steps``, those after so many."""
-
-    def stop(pipe: Any, step: int, timestep: Any, kwargs: Any) -> dict[str, Any]:
-        pipe._interrupt = step + 1 >= steps
-        return {}
-
-    generator = torch.Generator().manual_seed(0)
-    return pipe(**arguments, generator=generator, callback_on_step_end=stop if steps else None)[0]
+def run(pipe: Any, arguments: dict[str, Any]) -> torch.Tensor:
+    """The latents that the pipeline returns."""
+    return pipe(**arguments, generator=torch.Generator().manual_seed(0))[0]
 
 
-def branch_inputs(pipe: Any, denoiser: Any, arguments: dict[str, Any]) -> Any:
-    """What the pipeline gives the denoiser for cond on its first step: the first call, or the second half of one."""
-    calls: list[Any] = []
-    hook = denoiser.register_forward_pre_hook(lambda module, *given: calls.append(given), with_kwargs=True)
-    run(pipe, arguments, steps=1)
+def first_step(pipe: Any, denoiser: Any, arguments: dict[str, Any]) -> tuple[Call, int]:
+    """The call that asks for cond alone, or its part of one, and how many streams a step has."""
+    calls: list[Call] = []
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        calls.append(read_call(module, module.__call__, args, kwargs, None))
+
+    hook = denoiser.register_forward_pre_hook(note, with_kwargs=True)
+    run(pipe, arguments | dict(num_inference_steps=1))
     hook.remove()
-    if len(calls) == 2:
-        return calls[0]
-    return tree_map(lambda leaf: leaf[1:].clone() if isinstance(leaf, torch.Tensor) and leaf.ndim else leaf, calls[0])
+    counts = [count_parts(call) for call in calls]
+    cond = part(calls[0], 1, counts[0]) if counts[0] > 1 else calls[0]
+    return cond, sum(counts)
 
 
 class Found(NamedTuple):
     """What one turn of a strategy gave on one rank."""
 
     seconds: list[float]
+    loop: list[float] = []
     memory: int = 0  # most bytes reserved
     plan: str | None = None
     bound: float | None = None
@@ -149,7 +97,7 @@ class Found(NamedTuple):
 
 
 def forwards(denoiser: Any, inputs: Any, is_graph: bool, count: int, where: Any) -> Found:
-    """Seconds of each of ``count`` forwards in a loop; none where the forward cannot be captured."""
+    """Mean seconds of ``count`` forwards in a loop; none where the forward cannot be captured."""
     loop, device, host = where
     is_cuda = device.type == "cuda"
     if is_cuda:
@@ -158,7 +106,7 @@ def forwards(denoiser: Any, inputs: Any, is_graph: bool, count: int, where: Any)
     with torch.no_grad():
         graphs.begin(device)
         graphs.look()
-        call: Any = partial(graphs, "forward", lambda given: denoiser(*given[0], **given[1]), inputs)
+        call: Any = partial(graphs, "forward", lambda given: denoiser(**given), inputs)
         if is_graph:
             for _ in range(2):  # the second is captured
                 call()
@@ -171,64 +119,126 @@ def forwards(denoiser: Any, inputs: Any, is_graph: bool, count: int, where: Any)
             call()
             marks.append(loop._mark())
     if not is_cuda:
-        return Found([b - a for a, b in pairwise(marks[1:])])
+        return Found([(marks[-1] - marks[1]) / count])
     torch.cuda.synchronize()
-    return Found([a.elapsed_time(b) / 1e3 for a, b in pairwise(marks[1:])], torch.cuda.max_memory_reserved())
+    return Found([marks[1].elapsed_time(marks[-1]) / 1e3 / count], memory=torch.cuda.max_memory_reserved())
 
 
-def whole_run(pipe: Any, config: HybridConfig | None, call: Any, warm_up: int, where: Any) -> Found:
+@contextmanager
+def applied(pipe: Any, what: str, config: HybridConfig | None, name: str | None, arguments: Any) -> Iterator[None]:
+    """A strategy on a pipeline; ``name`` is the model's in xDiT, whose groups are then set up."""
+    denoiser = getattr(pipe, "transformer", None)
+    ranks = dist.get_world_size()
+    if name is None:
+        if config is not None:
+            apply_hybrid(pipe, config)
+        if what == "context":
+            denoiser.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=ranks))
+        try:
+            yield
+        finally:
+            remove_hybrid(pipe)
+            if what == "context":
+                stop_context(denoiser)
+        return
+    within = "data_parallel_degree" if config is None else "ulysses_degree"  # of ranks that evaluate alone, or a branch
+    degrees = {XDITS[what]: ranks} if what in XDITS else {"use_cfg_parallel": True, within: ranks // 2}
+    engine_config = group.xdit_config(**degrees)
+    from xfuser.core.distributed import initialize_runtime_state
+    from xfuser.model_executor.cache.adapters import apply_cache
+
+    from hybridiff_xdit.xdit.groups import apply_on_groups, one_branch
+
+    initialize_runtime_state(pipe, engine_config)
+    if config is not None:
+        apply_on_groups(pipe, config, engine_config, splits=True)
+    if what == "dbcache":
+        import cache_dit
+        from xfuser.model_executor.models.runner_models.base_model import MODEL_REGISTRY
+
+        preset = MODEL_REGISTRY[name].settings.step_cache_config["dbcache"]
+        steps = arguments["num_inference_steps"]
+        apply_cache("dbcache", steps, pipe, preset_kwargs=preset.preset, adapter_config=preset.adapter)
+    try:
+        with one_branch():
+            yield
+    finally:
+        remove_hybrid(pipe)
+        if what == "dbcache":
+            cache_dit.disable_cache(pipe)
+
+
+def stop_context(denoiser: Any) -> None:
+    """Take diffusers' context parallelism off a denoiser."""
+    from diffusers.hooks.context_parallel import remove_context_parallel
+
+    remove_context_parallel(denoiser, denoiser._cp_plan)
+    denoiser._parallel_config = None
+    for module in denoiser.modules():
+        if hasattr(getattr(module, "processor", None), "_parallel_config"):
+            module.processor._parallel_config = None
+
+
+def whole_run(pipe: Any, setting: Any, call: Any, warm_up: int, where: Any, is_ours: bool) -> Found:
     """Seconds of one run, after another of ``warm_up`` steps."""
     loop, device, host = where
     try:
-        if config is not None:
-            apply_hybrid(pipe, config)
-    except ValueError as reason:  # on every rank alike
-        return Found([], refused=str(reason))
-    try:
-        warm = timing.measure(partial(call, warm_up), loop, device, host)
-        sample = timing.measure(call, loop, device, host)
-        report = last_report(pipe) or {}
-    finally:
-        remove_hybrid(pipe)
-    return Found([sample.seconds], max(warm.memory, sample.memory), report.get("plan"), report.get("speedup_bound"))
+        with setting:
+            warm = timing.measure(partial(call, warm_up), loop, device, host)
+            sample = timing.measure(call, loop, device, host)
+            report = last_report(pipe) or {}
+    except Exception as reason:  # on every rank alike
+        if is_ours and not isinstance(reason, ValueError):
+            raise
+        return Found([], refused=f"{type(reason).__name__}: {reason}".splitlines()[0])
+    memory = max(warm.memory, sample.memory)
+    return Found([sample.seconds], [sample.loop], memory, report.get("plan"), report.get("speedup_bound"))
 
 
 def compare(model: str, args: argparse.Namespace, where: Any) -> Iterator[list[dict[str, Any]]]:
     """One line a strategy that has run so far, after each turn."""
     start = time.perf_counter()
-    pipe, arguments = make(model, where[1], args.tiny)
+    name = NAMES_IN_XDIT.get(model) if args.xdit else None
+    if args.xdit:
+        group.xdit_config(use_cfg_parallel=True, ulysses_degree=dist.get_world_size() // 2)
+    pipe, arguments = make(model, where[1], args.tiny, name is not None)
     denoiser: Any = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     arguments["num_inference_steps"] = args.steps
-    inputs = branch_inputs(pipe, denoiser, arguments)
-    facts = dict(model=model, steps=args.steps, parameters=sum(weight.numel() for weight in denoiser.parameters()))
-    configs = {"one-gpu": None, "cfg": HybridConfig(policy="cfg"), "plan": HybridConfig(plan=plan_of(args.steps))}
-    configs["adaptive"] = HybridConfig(speedup=2.5)
+    with applied(pipe, "one-gpu", None, name, arguments):
+        cond, streams = first_step(pipe, denoiser, arguments)
+    facts = dict(model=model, steps=args.steps, streams=streams, ranks=dist.get_world_size())
+    facts["parameters"] = sum(weight.numel() for weight in denoiser.parameters())
+    configs = {"cfg": HybridConfig(policy="cfg"), "plan": HybridConfig(plan=plan_of(args.steps))}
+    configs |= {"plan-40": HybridConfig(plan=plan_of(args.steps, 0.4)), "adaptive": HybridConfig(speedup=2.5)}
     latents: dict[str, torch.Tensor] = {}
     lines: dict[str, dict[str, Any]] = {}
 
     def call(what: str, steps: int | None = None) -> None:
-        if configs[what] is not None:
+        if what != "one-gpu" or dist.get_rank() == 0:
             latents[what] = run(pipe, arguments | dict(num_inference_steps=steps or args.steps))
-        elif dist.get_rank() == 0:
-            latents[what] = run(pipe, arguments, steps)
 
     for what in args.strategies * args.repeats:
         if lines.get(what, {}).get("refused"):
             continue
         gc.collect()
         torch.cuda.empty_cache()  # does nothing on a CPU
+        setting = applied(pipe, what, configs.get(what), name, arguments)
         if what in FORWARDS:
-            found = forwards(denoiser, inputs, what == "graph", args.forwards, where)
+            with setting:
+                found = forwards(denoiser, cond.inputs, what == "graph", args.steps, where)
         else:
             # A plain pipeline captures nothing, and a plan fits runs of its own length alone.
-            warm_up = 1 if configs[what] is None else args.warm_up if what == "cfg" else args.steps
-            found = whole_run(pipe, configs[what], partial(call, what), warm_up, where)
+            warm_up = args.warm_up if what == "cfg" else args.steps if what in (*OURS, "dbcache") else 1
+            found = whole_run(pipe, setting, partial(call, what), warm_up, where, what in configs)
         ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, found, group=where[2])
-        line = lines.setdefault(what, {**facts, "strategy": what, "seconds": [], "by_rank": [], "memory": []})
+        line = lines.setdefault(
+            what, {**facts, "strategy": what, "seconds": [], "loop": [], "by_rank": [], "memory": []}
+        )
         refused = next((rank.refused for rank in ranks if rank.refused), None)  # all ranks leave it out from then on
         line |= dict(plan=found.plan, bound=found.bound, refused=refused)
         line["seconds"] += map(max, zip(*(rank.seconds for rank in ranks), strict=False))  # one may have none
+        line["loop"] += map(max, zip(*(rank.loop for rank in ranks), strict=False))
         line["by_rank"].append([rank.seconds for rank in ranks])
         line["memory"].append([rank.memory for rank in ranks])
         line["since_start"] = time.perf_counter() - start
@@ -249,12 +259,17 @@ def table(lines: list[dict[str, Any]]) -> str:
             continue
         median, is_run = medians[model, what], what not in FORWARDS
         alone = min(filter(None, (medians.get((model, name)) for name in FORWARDS)), default=None)
-        made = (plan.count("F") + plan.count("P") / 2 if plan else 2 * line["steps"]) if is_run else 1
+        # The forwards of a rank. What splits a forward has no floor of forwards.
+        made = {"one-gpu": line["streams"] * line["steps"], **dict.fromkeys(FORWARDS, 1)}.get(what)
+        if plan:
+            made = plan.count("F") * max(1, line["streams"] / line["ranks"]) + plan.count("P") / 2
         one = medians.get((model, "one-gpu"))
         memory = [max(turns) / 2**30 for turns in zip(*line["memory"], strict=True)]
         cells = [model, f"{what} {plan or ''}".strip(), f"{median:.4g} ({min(seconds):.4g} - {max(seconds):.4g})"]
         cells.append(f"{1e3 * median / line['steps']:.1f}" if is_run else "")
-        cells.append(f"{median / made / alone:.3f}" if alone else "")
+        cells.append(f"{median / made / alone:.3f}" if alone and made else "")
+        loop = statistics.median(line["loop"]) if line["loop"] else None
+        cells.append(f"{loop / made / alone:.3f}" if alone and made and loop else "")
         cells.append(f"{one / median:.2f}" if one and is_run else "")
         cells.append(f"{line['bound']:.2f}" if line["bound"] else "")
         cells.append(f"{line['error']:.1e}" if "error" in line else "")
@@ -265,10 +280,10 @@ def table(lines: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES[:-1]))
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=[*FORWARDS, "one-gpu", "cfg", "plan"])
+    parser.add_argument("--xdit", action="store_true", help="xDiT's own denoisers, on its groups")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3, help="turns of each strategy")
-    parser.add_argument("--forwards", type=int, default=3, help="that are timed in a turn")
     parser.add_argument("--warm-up", type=int, default=3, metavar="STEPS", help="of cfg, whose turn begins with them")
     parser.add_argument("--tiny", action="store_true", help="small models of the same classes")
     parser.add_argument("--commit", help="for the report, where there is no git repository")
@@ -276,8 +291,10 @@ def main() -> None:
     args = parser.parse_args()
     diffusers.utils.logging.set_verbosity_error()
     device = group.join()
-    if dist.get_world_size() != 2 and set(args.strategies) - {*FORWARDS, "one-gpu"}:
-        raise SystemExit("Give --nproc_per_node 2, or 1 with --strategies eager graph one-gpu.")
+    if not args.xdit and (needs := {*XDITS} & {*args.strategies}):
+        raise SystemExit(f"{' and '.join(sorted(needs))}: give --xdit.")
+    if args.xdit and dist.get_world_size() % 2:
+        raise SystemExit("--xdit: give an even --nproc_per_node.")
     where = timing.Loop(device), device, dist.new_group(backend="gloo")
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     facts = {key: value for key, value in vars(args).items() if key != "out"}
