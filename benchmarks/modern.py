@@ -156,7 +156,8 @@ def applied(pipe: Any, what: str, config: HybridConfig | None, name: str | None,
         import cache_dit
         from xfuser.model_executor.models.runner_models.base_model import MODEL_REGISTRY
 
-        preset = MODEL_REGISTRY[name].settings.step_cache_config["dbcache"]
+        # Of Qwen-Image's models only the one for editing has a preset for guided calls.
+        preset = MODEL_REGISTRY[name.replace("Qwen-Image", "Qwen-Image-Edit")].settings.step_cache_config["dbcache"]
         steps = arguments["num_inference_steps"]
         apply_cache("dbcache", steps, pipe, preset_kwargs=preset.preset, adapter_config=preset.adapter)
     try:

@@ -13,12 +13,14 @@ import torch
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from scenarios import SCENARIOS, _made_in
 
+from hybridiff_xdit.seam.hooks import denoiser_of
+
 MODELS = ("qwen-image", "wan-14b", "sd3-medium", "sdxl", "z-image", "hunyuan-video15", "ltx2", "sd3.5-large")
 #: What those that xDiT has a denoiser of its own for are called there.
 NAMES_IN_XDIT = {
     "qwen-image": "Qwen-Image",
     "wan-14b": "Wan2.1-T2V",
-    "hunyuan-video15": "HunyuanVideo-1.5",
+    "hunyuan-video15": "Hunyuanvideo-1.5",
     "ltx2": "LTX-2",
 }
 
@@ -51,61 +53,54 @@ def kind(name: str, is_xdit: bool) -> Any:
     return getattr(importlib.import_module(f"xfuser.model_executor.models.transformers.{module}"), own)
 
 
-def make(model: str, device: torch.device, is_tiny: bool, is_xdit: bool = False) -> tuple[Any, dict[str, Any]]:
-    """A model's pipeline, with the same random weights on every rank, and the arguments of its call.
+#: What a pipeline is made without.
+ABSENT: dict[str, Any] = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
 
-    The classes' defaults are the published configurations.
-    """
-    torch.manual_seed(0)
-    absent: dict[str, Any] = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
-    with device, _made_in(torch.bfloat16):
-        if model == "qwen-image":
-            denoiser: Any = kind("QwenImageTransformer2DModel", is_xdit)(**QWEN_TINY if is_tiny else {})
-            scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler(**QWEN_SHIFT)
-            pipe: Any = diffusers.QwenImagePipeline(transformer=denoiser, scheduler=scheduler, **absent)
-            side = 128 if is_tiny else 1024
-            arguments: dict[str, Any] = dict(height=side, width=side, true_cfg_scale=4.0)
-            arguments |= embeds(denoiser.config.joint_attention_dim, 200, 20)
-        elif model == "wan-14b":
-            denoiser = kind("WanTransformer3DModel", is_xdit)(**WAN_TINY if is_tiny else {})
-            scheduler = diffusers.UniPCMultistepScheduler(**WAN_FLOW)
-            pipe = diffusers.WanPipeline(transformer=denoiser, scheduler=scheduler, **absent)
-            arguments = video(is_tiny, 480, 832, 81) | dict(guidance_scale=5.0)
-            arguments |= embeds(denoiser.config.text_dim, 512, 512)
-        elif model == "z-image":
-            denoiser = diffusers.ZImageTransformer2DModel(**Z_TINY if is_tiny else {})
-            scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-            pipe = diffusers.ZImagePipeline(transformer=denoiser, scheduler=scheduler, **absent)
-            side = 128 if is_tiny else 1024
-            arguments = dict(height=side, width=side, guidance_scale=5.0)
-            arguments |= {name: [text[0]] for name, text in embeds(denoiser.config.cap_feat_dim, 200, 20).items()}
-        elif model == "hunyuan-video15":
-            denoiser = kind("HunyuanVideo15Transformer3DModel", is_xdit)(**HUNYUAN_TINY if is_tiny else {})
-            guider = diffusers.ClassifierFreeGuidance(guidance_scale=6.0)
-            scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
-            small = dict(block_out_channels=(8,) * 5, layers_per_block=1)
-            vae = diffusers.AutoencoderKLHunyuanVideo15(latent_channels=denoiser.config.out_channels, **small)
-            parts = {**absent, "vae": vae, "text_encoder_2": None, "tokenizer_2": None, "guider": guider}
-            pipe = diffusers.HunyuanVideo15Pipeline(transformer=denoiser, scheduler=scheduler, **parts)
-            arguments = video(is_tiny, 480, 832, 121)
-            for suffix, width, tokens in (("", "text_embed_dim", 1000), ("_2", "text_embed_2_dim", 256)):
-                given = embeds(denoiser.config[width], tokens, tokens)
-                arguments |= {name + suffix: text for name, text in given.items()}
-                arguments |= {f"{name}_mask{suffix}": torch.ones(1, tokens, dtype=torch.long) for name in given}
-        elif model == "ltx2":
-            pipe, arguments = ltx2(is_tiny, is_xdit)
-            denoiser = pipe.transformer
-        else:
-            name = {"sd3-medium": "sd3", "sd3.5-large": "sd3", "sdxl": "sdxl"}[model]
-            scenario = SCENARIOS[f"{name}-tiny" if is_tiny else f"{model}-1024"]
-            pipe = scenario.pipeline(device, torch.bfloat16)
-            denoiser, arguments = pipe.unet if model == "sdxl" else pipe.transformer, scenario.arguments(pipe)
-    fill(denoiser.eval())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe, dict(arguments, output_type="latent", return_dict=False)
+Made = tuple[Any, dict[str, Any]]
 
 
-def ltx2(is_tiny: bool, is_xdit: bool) -> tuple[Any, dict[str, Any]]:
+def qwen_image(is_tiny: bool, is_xdit: bool) -> Made:
+    denoiser = kind("QwenImageTransformer2DModel", is_xdit)(**QWEN_TINY if is_tiny else {})
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**QWEN_SHIFT)
+    pipe = diffusers.QwenImagePipeline(transformer=denoiser, scheduler=scheduler, **ABSENT)
+    return pipe, picture(is_tiny) | dict(true_cfg_scale=4.0) | embeds(denoiser.config.joint_attention_dim, 200, 20)
+
+
+def wan(is_tiny: bool, is_xdit: bool) -> Made:
+    denoiser = kind("WanTransformer3DModel", is_xdit)(**WAN_TINY if is_tiny else {})
+    scheduler = diffusers.UniPCMultistepScheduler(**WAN_FLOW)
+    pipe = diffusers.WanPipeline(transformer=denoiser, scheduler=scheduler, **ABSENT)
+    texts = embeds(denoiser.config.text_dim, 512, 512)
+    return pipe, video(is_tiny, 480, 832, 81) | dict(guidance_scale=5.0) | texts
+
+
+def z_image(is_tiny: bool, is_xdit: bool) -> Made:
+    denoiser = diffusers.ZImageTransformer2DModel(**Z_TINY if is_tiny else {})
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = diffusers.ZImagePipeline(transformer=denoiser, scheduler=scheduler, **ABSENT)
+    texts = {name: [text[0]] for name, text in embeds(denoiser.config.cap_feat_dim, 200, 20).items()}
+    return pipe, picture(is_tiny) | dict(guidance_scale=5.0) | texts
+
+
+def hunyuan_video15(is_tiny: bool, is_xdit: bool) -> Made:
+    """Its VAE, which is not used, is small."""
+    denoiser = kind("HunyuanVideo15Transformer3DModel", is_xdit)(**HUNYUAN_TINY if is_tiny else {})
+    vae = diffusers.AutoencoderKLHunyuanVideo15(
+        latent_channels=denoiser.config.out_channels, block_out_channels=(8,) * 5, layers_per_block=1
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
+    guider = diffusers.ClassifierFreeGuidance(guidance_scale=6.0)
+    parts = {**ABSENT, "vae": vae, "text_encoder_2": None, "tokenizer_2": None, "guider": guider}
+    pipe = diffusers.HunyuanVideo15Pipeline(transformer=denoiser, scheduler=scheduler, **parts)
+    arguments: dict[str, Any] = video(is_tiny, 480, 832, 121)
+    for suffix, width, tokens in (("", "text_embed_dim", 1000), ("_2", "text_embed_2_dim", 256)):
+        texts = embeds(denoiser.config[width], tokens, tokens)
+        arguments |= {name + suffix: text for name, text in texts.items()}
+        arguments |= {f"{name}_mask{suffix}": torch.ones(1, tokens, dtype=torch.long) for name in texts}
+    return pipe, arguments
+
+
+def ltx2(is_tiny: bool, is_xdit: bool) -> Made:
     """LTX-2 with all its guidance, so four streams a step; its VAEs, which are not used, are small."""
     settings: dict[str, Any] = LTX2_TINY if is_tiny else {}
     denoiser = kind("LTX2VideoTransformer3DModel", is_xdit)(
@@ -142,7 +137,21 @@ def ltx2(is_tiny: bool, is_xdit: bool) -> tuple[Any, dict[str, Any]]:
     return pipe, arguments | given | masks
 
 
-def video(is_tiny: bool, height: int, width: int, frames: int) -> dict[str, int]:
+#: By model; what is not here is one of `SCENARIOS`.
+MAKERS = {
+    "qwen-image": qwen_image,
+    "wan-14b": wan,
+    "z-image": z_image,
+    "hunyuan-video15": hunyuan_video15,
+    "ltx2": ltx2,
+}
+
+
+def picture(is_tiny: bool) -> dict[str, Any]:
+    return dict.fromkeys(("height", "width"), 128 if is_tiny else 1024)
+
+
+def video(is_tiny: bool, height: int, width: int, frames: int) -> dict[str, Any]:
     return dict(height=64, width=64, num_frames=9) if is_tiny else dict(height=height, width=width, num_frames=frames)
 
 
@@ -156,6 +165,24 @@ def embeds(width: int, cond: int, uncond: int) -> dict[str, torch.Tensor]:
         name: torch.randn(1, n, width, generator=generator, device="cpu").to(device, torch.bfloat16)
         for name, n in tokens
     }
+
+
+def make(model: str, device: torch.device, is_tiny: bool, is_xdit: bool = False) -> tuple[Any, dict[str, Any]]:
+    """A model's pipeline, with the same random weights on every rank, and the arguments of its call.
+
+    The classes' defaults are the published configurations.
+    """
+    torch.manual_seed(0)
+    if model not in MAKERS:
+        name = f"{model.partition('-')[0].removesuffix('.5')}-tiny" if is_tiny else f"{model}-1024"
+        pipe: Any = SCENARIOS[name].pipeline(device, torch.bfloat16)
+        arguments: dict[str, Any] = SCENARIOS[name].arguments(pipe)
+    else:
+        with device, _made_in(torch.bfloat16):
+            pipe, arguments = MAKERS[model](is_tiny, is_xdit)
+    fill(denoiser_of(pipe).eval())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, dict(arguments, output_type="latent", return_dict=False)
 
 
 @torch.no_grad()

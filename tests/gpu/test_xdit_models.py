@@ -38,14 +38,16 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     test_xdit_models.save(folder, MODELS)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, FOLDERS), os.environ.get("PYTHONPATH", "")])}
-    found = {}
-    for name, processes, flags, cases in RUNS:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command += [str(TESTS / "xdit_models_worker.py"), str(folder), name, json.dumps(flags), *cases]
-        ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-        assert not ran.returncode, ran.stderr[-4000:]
-        found[name] = torch.load(folder / f"{name}-{processes - 1}.pt", weights_only=False)
-    return found
+    running = [subprocess.Popen(command(folder, *run), env=env, stderr=subprocess.PIPE, text=True) for run in RUNS]
+    for process in running:
+        error = process.communicate(timeout=300)[1]
+        assert not process.returncode, error[-4000:]
+    return {name: torch.load(folder / f"{name}-{processes - 1}.pt", weights_only=False) for name, processes, *_ in RUNS}
+
+
+def command(folder, name, processes, flags, cases):
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [sys.executable, *launch, str(TESTS / "xdit_models_worker.py"), str(folder), name, json.dumps(flags), *cases]
 
 
 def made(results, run, name):
