@@ -4,19 +4,19 @@ Each check has a process of its own, forked from one that has not imported xfuse
 name, which is empty without one.
 """
 
+import gc
 import os
 import sys
 import traceback
 from pathlib import Path
 
-import diffusers  # noqa: F401  # once for all checks, as the next four
-import peft  # noqa: F401
+import peft  # noqa: F401  # once for all checks, as what is not used of the next
 import pytest
 import torch
+import torch._dynamo
 import transformers  # noqa: F401
+from diffusers import DiffusionPipeline  # noqa: F401
 from nursery import free_port
-
-import hybridiff_xdit  # noqa: F401  # and with it the pipelines of diffusers
 
 CALL = {"model": "emoji-sd3", "prompt": ["a cup of tea"], "seed": 42, "num_inference_steps": 4}
 PLAN = "FSFF"
@@ -96,6 +96,7 @@ def _python_and_the_command_agree() -> None:
 
 def _upstream_tests(*files: str) -> None:
     tests = [f"{sys.path[0]}/tests/{file}" for file in files]
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     assert not pytest.main(["-q", "-c", os.devnull, "-p", "no:cacheprovider", "--rootdir", sys.path[0], *tests])
 
 
@@ -127,6 +128,7 @@ def _run_tiny() -> None:
 
 
 def main(arguments: list[str]) -> None:
+    gc.freeze()  # a collection in a child does not walk through what it inherits
     for path, check in zip(arguments[::2], arguments[1::2], strict=True):
         child = os.fork()
         if not child:
