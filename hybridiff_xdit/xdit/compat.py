@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -310,11 +310,20 @@ LEDGER = (
     Seam(_MODELS, "xFuserModel.get_output_name", ("input_args",), "where a picture lies", _NEVER),
 )
 
+#: What an xDiT that loads plugins has besides, which no release does (see ``integrations/xdit/patches``).
+PLUGIN_LEDGER = (
+    Seam("xfuser.plugins", "register_strategy", ("name", "strategy"), "called", _NEVER),
+    Seam("xfuser.plugins", "ParallelStrategy", (), "subclassed", _NEVER),
+    Seam("xfuser.plugins", "ParallelStrategy.add_args", ("parser",), "overridden", _NEVER),
+    Seam("xfuser.plugins", "ParallelStrategy.configure", ("args", "config"), "overridden", _NEVER),
+    Seam("xfuser.plugins", "ParallelStrategy.model_class", ("name", "model"), "overridden", _NEVER),
+)
 
-def check_ledger() -> list[str]:
+
+def check_ledger(ledger: Iterable[Seam] = LEDGER) -> list[str]:
     """What is missing from the installed xfuser, one line a name; empty when all is there."""
     import_xfuser()
-    return [problem for seam in LEDGER if (problem := _problem(seam))]
+    return [problem for seam in ledger if (problem := _problem(seam))]
 
 
 def _problem(seam: Seam) -> str | None:

@@ -25,6 +25,7 @@ from ..seam.hooks import DENOISERS, denoiser_of
 from . import batch
 from .compat import has_accelerator, import_xfuser
 from .groups import apply_on_groups, compile_apart, compile_blocks, many_pairs, one_branch
+from .options import INPUTS
 
 import_xfuser()
 
@@ -180,13 +181,6 @@ class HybridModel(xFuserModel):
         given = [name for name in INPUTS if getattr(self.config, name, None) not in (None, [])]
         if idle := [f"--{name}" for name in given if name not in read_inputs(self)]:
             raise ValueError(f"{' and '.join(idle)}: no effect on {self.settings.model_name}. Drop what has none.")
-
-
-#: Flags that describe what is to be made. A model need not read all of them.
-INPUTS = (
-    *("negative_prompt", "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "guidance_scale_2"),
-    *("max_sequence_length", "input_images", "flow_shift"),
-)
 
 
 def read_inputs(model: xFuserModel) -> set[str]:

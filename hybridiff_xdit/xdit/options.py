@@ -54,6 +54,12 @@ _DETAILS: dict[str, dict[str, Any]] = {"cache_method": {}, "vsa_drop_rates": {"n
 #: xDiT's flags for models of other kinds: from pictures, of videos. (The others that our models lack, xDiT refuses.)
 _IDLE_FLAGS = ("input_images", "resize_input_images", "num_frames", "guidance_scale_2", "flow_shift")
 
+#: Flags that describe what is to be made. A model need not read all of them.
+INPUTS = (
+    *("negative_prompt", "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "guidance_scale_2"),
+    *("max_sequence_length", "input_images", "flow_shift"),
+)
+
 
 def _switch(text: str) -> bool:
     if text not in ("on", "off"):
@@ -105,6 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
         "       %(prog)s models                                              (what there is for each model of xDiT's)",
         description="Make pictures with one of xDiT's parallel strategies or with hybrid-cond, on as many processes as "
         "the strategy needs. Takes what `xdit` takes.",
+        conflict_handler="resolve",  # an xDiT that has loaded our plugin has some of these flags
     )
     xFuserArgs.add_runner_args(parser)
     add_options(parser)
@@ -260,9 +267,14 @@ def choose_layout(args: argparse.Namespace, gpus: int, device: str) -> tuple[lis
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add ``--parallel`` and ``--hybrid_*`` to a parser, each in the underscore and the dash spelling."""
+    """Add ``--parallel`` and ``--hybrid_*`` to a parser."""
     group = parser.add_argument_group("hybridiff-xdit")
     group.add_argument("--parallel", choices=STRATEGIES, help="parallel strategy")
+    add_hybrid_options(group)
+
+
+def add_hybrid_options(group: argparse._ArgumentGroup) -> None:
+    """Add ``--hybrid_*`` to a group of flags, each in the underscore and the dash spelling."""
     for field in dataclasses.fields(HybridConfig):
         group.add_argument(*spellings(f"hybrid_{field.name}"), default=None, **_flag(field))
 
@@ -273,7 +285,7 @@ def read_config(args: argparse.Namespace) -> HybridConfig | None:
     Raises:
         ValueError: a ``--hybrid_*`` flag is wrong, or given with another strategy.
     """
-    given = {name: getattr(args, f"hybrid_{name}") for name in _names(HybridConfig)}
+    given = {name: getattr(args, f"hybrid_{name}", None) for name in _names(HybridConfig)}
     if args.parallel == "hybrid-cond":
         return HybridConfig(**{name: value for name, value in given.items() if value is not None})
     if flags := [f"--hybrid_{name}" for name, value in given.items() if value is not None]:

@@ -39,7 +39,7 @@ class HybridRunner(xFuserModelRunner):
         self.strategy = config.get("parallel")
         self.is_verbose = bool(config.get("verbose"))
         self.denoising: output.Denoising | None = None
-        super().__init__(config)
+        super().__init__({**config, "parallel": None})  # an xDiT that loads plugins would apply it, too
 
     def _select_model(self, model_name: str, config: Any) -> xFuserModel:
         model = model_class(model_name, self.hybrid)(config)
