@@ -92,7 +92,7 @@ def calls_with(pipe: DiffusionPipeline, call: dict) -> None:
 
 def as_its_own(pipe: DiffusionPipeline, given: torch.Tensor) -> torch.Tensor:
     """An argument as the pipeline's denoiser takes it."""
-    denoiser = getattr(pipe, "transformer", None) or pipe.unet
+    denoiser = pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
     return given.to(denoiser.device, denoiser.dtype if given.is_floating_point() else None)
 
 

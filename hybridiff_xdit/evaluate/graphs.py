@@ -22,7 +22,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import wraps
 from itertools import count, pairwise
 from statistics import median
@@ -298,14 +298,21 @@ class _Uncapturable(Exception):
 def _capture(piece: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
     """(replay, outputs) of a piece; nothing is run."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    pool = pool or torch.cuda.graph_pool_handle()
     try:
         # Other threads may use the GPU meanwhile: NCCL's watchdog asks for its events.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             outputs = piece()
-    except Exception:  # PyTorch leaves the capture's stream current, and the generator in a state for captures
+    except Exception:
+        # PyTorch leaves the capture's stream current, the generator in a state for captures, and the allocator in the
+        # belief that a capture is under way: it would give no memory back from then on, to whoever asked.
         torch.cuda.set_stream(stream)
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        device = torch.cuda.current_device()
+        generator = torch.cuda.default_generators[device]
         generator.graphsafe_set_state(generator.clone_state())
+        for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+            with suppress(RuntimeError):  # the capture had not begun, or a release of PyTorch has ended it
+                end(device, pool)
         raise
     return graph.replay, outputs
 

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig
 
 from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
+from hybridiff_xdit.evaluate import graphs
 from hybridiff_xdit.evaluate.graphs import seconds_between
 from hybridiff_xdit.seam.hooks import _SESSIONS, denoiser_of
 
@@ -129,6 +130,19 @@ def test_what_runs_on_the_host_is_left_alone(caplog):
     apply_hybrid(pipe, HybridConfig(**FIXED), simulate=True)
     assert torch.equal(call(pipe, "sdxl"), expected)
     assert "by a hook" in caplog.text and not captured(pipe)
+
+
+def test_a_failed_capture_gives_its_memory_back():
+    """And PyTorch gives back what others free later."""
+
+    def waits():
+        torch.ones(2**26, device="cuda").sum().item()
+
+    before = reserved()
+    with pytest.raises(RuntimeError):
+        graphs._capture(waits, None)
+    torch.ones(2**26, device="cuda")
+    assert reserved() == before
 
 
 def test_compiled_blocks_are_captured(caplog):
