@@ -310,9 +310,9 @@ def _capture(piece: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], A
         device = torch.cuda.current_device()
         generator = torch.cuda.default_generators[device]
         generator.graphsafe_set_state(generator.clone_state())
-        for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
-            with suppress(RuntimeError):  # the capture had not begun, or a release of PyTorch has ended it
-                end(device, pool)
+        with suppress(RuntimeError):  # where the capture itself was sound, the allocator knows that it has ended
+            torch._C._cuda_endAllocateToPool(device, pool)
+            torch._C._cuda_releasePool(device, pool)  # else the graph does
         raise
     return graph.replay, outputs
 
