@@ -1,7 +1,7 @@
 """Where we touch xDiT: how to import it without a GPU, and the ledger of every name we rely on.
 
 Features are detected, versions are not compared: the ledger's test (tests/test_xdit_compat.py) checks each name, with
-the parameters we pass, against xfuser 0.5, 0.6 and 0.7.
+the parameters we pass, against xfuser 0.5, 0.6 and 0.7. `seam.compat` has the ledger of diffusers' names.
 """
 
 from __future__ import annotations
