@@ -16,7 +16,7 @@ Folders, from bottom to top, which is the order to read them in (within one, the
 * `config`, `report`, `measures`, and `engine`, one run's estimates and measurements;
 * `planner`, what a layout of GPUs would bring: denoisers, cost, layouts;
 * `seam`, where a diffusers pipeline is met: watch, coupling, pattern, step, pending, signals, run, hooks,
-  checkpoints;
+  checkpoints, compat;
 * `xdit`: the strategy in xDiT.
 """
 

@@ -72,7 +72,7 @@ def _python_and_the_command_agree() -> None:
 
     from hybridiff_xdit.xdit import compat
 
-    assert not compat.check_ledger((*compat.LEDGER, *compat.PLUGIN_LEDGER))
+    assert not [*compat.check_ledger(), *compat.missing(compat.PLUGIN_LEDGER)]
     child = os.fork()  # each with a process group of its own
     _as_the_only_rank()
     if not child:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import tiny
 import torch
-from diffusers import (
+from of_diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
     AutoencoderDC,
@@ -25,6 +25,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     KolorsPipeline,
     LTX2Pipeline,
+    LTX2TextConnectors,
     LTX2VideoTransformer3DModel,
     LTXPipeline,
     LTXVideoTransformer3DModel,
@@ -48,7 +49,6 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from torch.utils._pytree import tree_map_only
 
 TEXTLESS = dict(text_encoder=None, tokenizer=None)
@@ -329,6 +329,8 @@ def z_image() -> ZImagePipeline:
         axes_dims=[8, 4, 4],
         axes_lens=[128, 32, 32],
     )
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        torch.nn.init.normal_(token, std=0.2)  # before diffusers 0.39 they are whatever was in memory
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     return ZImagePipeline(transformer=transformer, scheduler=scheduler, vae=tiny.vae(16), **TEXTLESS)
 

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import (
+from diffusers.configuration_utils import register_to_config
+from of_diffusers import (
     AdaptiveProjectedMixGuidance,
     AutoencoderKLFlux2,
     AutoencoderKLHunyuanVideo15,
@@ -45,14 +46,13 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     UniPCMultistepScheduler,
+    WanCoreDenoiseStep,
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
+    ZImageCoreDenoiseStep,
     ZImageTransformer2DModel,
 )
-from diffusers.configuration_utils import register_to_config
-from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseStep
-from diffusers.modular_pipelines.z_image.modular_blocks_z_image import ZImageCoreDenoiseStep
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
@@ -330,7 +330,6 @@ def flux2_klein() -> DiffusionPipeline:
         joint_attention_dim=TEXT,
         timestep_guidance_channels=16,
         axes_dims_rope=(4,) * 4,
-        guidance_embeds=False,
     )
     vae = _model(
         AutoencoderKLFlux2,

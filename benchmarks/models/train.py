@@ -557,6 +557,10 @@ def save(
         config = json.loads(path.read_text())
         config.pop("torch_dtype", None)
         path.write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
+    for path in fresh.glob("tokenizer_3/tokenizer_config.json"):  # transformers 4 takes no list of special tokens
+        config = json.loads(path.read_text())
+        config.pop("extra_special_tokens", None)
+        path.write_text(json.dumps(config, indent=2) + "\n")
     index = fresh / "model_index.json"  # older releases know the fast tokenizer by this name
     index.write_text(index.read_text().replace('"T5Tokenizer"', '"T5TokenizerFast"'))
     shutil.rmtree(out, ignore_errors=True)

@@ -1,22 +1,24 @@
 """Where we touch xDiT: how to import it without a GPU, and the ledger of every name we rely on.
 
 Features are detected, versions are not compared: the ledger's test (tests/test_xdit_compat.py) checks each name, with
-the parameters we pass, against xfuser 0.5, 0.6 and 0.7.
+the parameters we pass, against xfuser 0.5, 0.6 and 0.7. `seam.compat` has the ledger of diffusers' names.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+
+from ..seam.compat import Seam, missing
 
 #: Of what stands in for xfuser's names where there is no GPU.
 _UNDO = ExitStack()
@@ -40,6 +42,9 @@ def import_xfuser() -> ModuleType:
     """
     if has_accelerator():
         return importlib.import_module("xfuser")
+    from diffusers.utils.torch_utils import get_device
+
+    get_device()  # diffusers may keep the first answer, which must not be MPS
     with _pretend_mps():
         xfuser = importlib.import_module("xfuser")
     envs: Any = importlib.import_module("xfuser.envs")
@@ -94,17 +99,43 @@ def _let_sequences_split() -> None:
     for name in ("xfuser.config.config", _STATE, "xfuser.core.distributed.group_coordinator"):
         _replace(importlib.import_module(name), "HAS_LONG_CTX_ATTN", True)
     _replace(importlib.import_module(_USP), "PROCESS_GROUP", PROCESS_GROUP)
-    attention: Any = importlib.import_module(_ATTENTION)
-    registry = attention.ATTENTION_FUNCTION_REGISTRY
-    flash = attention.AttentionBackendType.SDPA_FLASH
-    _UNDO.callback(registry.__setitem__, flash, registry.get(flash))
-    registry[flash] = _flash_on_cpu
+    _let_flash_attention_run()
+
+
+def attention_types() -> Any:
+    """xDiT's enumeration of its attentions, wherever this release has it."""
+    try:
+        return _attention_registry().AttentionBackendType
+    except ModuleNotFoundError:
+        return importlib.import_module(_ATTENTION).AttentionBackendType
+
+
+def _attention_registry() -> Any:
+    return importlib.import_module(_SPECS)  # raises where attention is a table of functions
+
+
+def _let_flash_attention_run() -> None:
+    flash = attention_types().SDPA_FLASH
+    try:
+        registry = _attention_registry()
+    except ModuleNotFoundError:
+        table = importlib.import_module(_ATTENTION).ATTENTION_FUNCTION_REGISTRY
+        _UNDO.callback(table.__setitem__, flash, table.get(flash))
+        table[flash] = _flash_on_cpu
+        return
+    specs = dict(registry.REGISTRY)
+    specs[flash] = replace(specs[flash], impl=_flash_of_call, _resolved=None)
+    _UNDO.enter_context(registry.using(specs.values()))
 
 
 def _flash_on_cpu(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float, is_causal: bool, **kwargs: Any
 ) -> Any:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, dropout_p, is_causal)
+
+
+def _flash_of_call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Any) -> Any:
+    return _flash_on_cpu(query, key, value, call.dropout_p, call.is_causal)
 
 
 @contextmanager
@@ -118,24 +149,6 @@ def _pretend_mps() -> Iterator[None]:
         mps.is_available = is_available
 
 
-class Seam(NamedTuple):
-    """One name of xfuser's that we call, override or replace.
-
-    Attributes:
-        module: where it is.
-        name: dotted name in the module.
-        parameters: those that we pass, or that our override receives; None where it is no function.
-        why: what we do with it.
-        until: what upstream change would let us drop it.
-    """
-
-    module: str
-    name: str
-    parameters: tuple[str, ...] | None
-    why: str
-    until: str
-
-
 _ENVS = "xfuser.envs"
 _CONFIG = "xfuser.config"
 _GROUPS = "xfuser.core.distributed"
@@ -143,6 +156,7 @@ _BASE = "xfuser.model_executor.pipelines.base_pipeline"
 _STATE = "xfuser.core.distributed.parallel_state"
 _USP = "xfuser.model_executor.layers.usp"
 _ATTENTION = "xfuser.core.distributed.attention_backend"
+_SPECS = "xfuser.core.attention.registry"
 _RUNNER = "xfuser.runner"
 _MODELS = "xfuser.model_executor.models.runner_models.base_model"
 
@@ -180,12 +194,6 @@ LEDGER = (
     Seam(_CONFIG + ".config", "HAS_LONG_CTX_ATTN", None, "set where there is no GPU", _CPU),
     Seam(_STATE, "HAS_LONG_CTX_ATTN", None, "set where there is no GPU", _CPU),
     Seam(_GROUPS + ".group_coordinator", "HAS_LONG_CTX_ATTN", None, "set where there is no GPU", _CPU),
-    Seam(_ATTENTION, "ATTENTION_FUNCTION_REGISTRY", None, "SDPA_FLASH replaced where there is no GPU", _CPU),
-    Seam(_ATTENTION, "AttentionBackendType.SDPA_FLASH", None, "the same", _CPU),
-    Seam(_ATTENTION, "AttentionBackendType", None, "which attention it is", _NEVER),
-    Seam(_ATTENTION, "AttentionBackendType.SDPA", None, "it takes float32, as two others", _NEVER),
-    Seam(_ATTENTION, "AttentionBackendType.SDPA_MATH", None, "the same", _NEVER),
-    Seam(_ATTENTION, "AttentionBackendType.SDPA_EFFICIENT", None, "the same", _NEVER),
     Seam(_GROUPS, "is_dp_last_group", (), "whether this rank hands out pictures", _NEVER),
     Seam(_GROUPS, "get_data_parallel_rank", (), "which share of the pictures is this rank's", _NEVER),
     Seam(_GROUPS, "get_data_parallel_world_size", (), "in how many shares the pictures are dealt out", _NEVER),
@@ -319,22 +327,28 @@ PLUGIN_LEDGER = (
     Seam("xfuser.plugins", "ParallelStrategy.model_class", ("name", "model"), "overridden", _NEVER),
 )
 
+#: Attention is a table of functions up to 0.7, and specifications in a registry after it: one of the two is there.
+ATTENTION_LEDGERS = tuple(
+    (
+        Seam(module, "AttentionBackendType.SDPA", None, "it takes float32, as two others", _NEVER),
+        Seam(module, "AttentionBackendType.SDPA_MATH", None, "the same", _NEVER),
+        Seam(module, "AttentionBackendType.SDPA_EFFICIENT", None, "the same", _NEVER),
+        Seam(module, "AttentionBackendType.SDPA_FLASH", None, "replaced where there is no GPU", _CPU),
+        *replaced,
+    )
+    for module, *replaced in (
+        (_ATTENTION, Seam(_ATTENTION, "ATTENTION_FUNCTION_REGISTRY", None, "where it is replaced", _CPU)),
+        (
+            _SPECS,
+            Seam(_SPECS, "REGISTRY", None, "what it is replaced by is made of it", _CPU),
+            Seam(_SPECS, "using", ("specs",), "it is replaced by this", _CPU),
+            Seam(_SPECS, "Spec", ("impl", "_resolved"), "the same", _CPU),
+        ),
+    )
+)
 
-def check_ledger(ledger: Iterable[Seam] = LEDGER) -> list[str]:
-    """What is missing from the installed xfuser, one line a name; empty when all is there."""
+
+def check_ledger() -> list[str]:
+    """What is missing from the installed xfuser, as `seam.compat.missing` tells it."""
     import_xfuser()
-    return [problem for seam in ledger if (problem := _problem(seam))]
-
-
-def _problem(seam: Seam) -> str | None:
-    where = f"{seam.module}.{seam.name}"
-    try:
-        value: Any = importlib.import_module(seam.module)
-        for part in seam.name.split("."):
-            value = getattr(value, part)
-    except (ImportError, AttributeError) as error:
-        return f"{where}: {error}"
-    if seam.parameters is None:
-        return None
-    missing = set(seam.parameters) - set(inspect.signature(value).parameters)
-    return f"{where}: no parameter {', '.join(sorted(missing))}" if missing else None
+    return [*missing(LEDGER), *min(map(missing, ATTENTION_LEDGERS), key=len)]

@@ -6,13 +6,14 @@ import torch
 
 from ..evaluate.tokens import Heads, SequenceSplit
 from ..ranks.comm import Comm
-from .compat import import_xfuser
+from .compat import attention_types, import_xfuser
 
 import_xfuser()
 
 from xfuser.core.distributed import get_ring_parallel_world_size, get_runtime_state, get_sp_group  # noqa: E402
-from xfuser.core.distributed.attention_backend import AttentionBackendType  # noqa: E402
 from xfuser.model_executor.layers.usp import USP  # noqa: E402
+
+AttentionBackendType = attention_types()
 
 #: xDiT's attentions that take float32 on a GPU. Its own choice without flash-attn, cuDNN's, would return nan.
 _TAKE_FLOAT32 = (AttentionBackendType.SDPA, AttentionBackendType.SDPA_MATH, AttentionBackendType.SDPA_EFFICIENT)
