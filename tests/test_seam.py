@@ -153,6 +153,8 @@ CASES: dict[str, Expected] = {
     "wan21-euler": successive(5.0),
     "wan22": successive(5.0, forwards=(10, 10)),
     "wan21-i2v": successive(5.0),
+    "wan22-ti2v": successive(5.0),
+    "wan21-vace": successive(5.0),
     "hunyuan-video": successive(4.0),
     "cogview4": successive(5.0),
     "flux-true-cfg": successive(4.0),

@@ -25,6 +25,8 @@ MODELS = {
     "wan21-unipc": "xFuserWanTransformer3DWrapper",
     "wan22": "xFuserWanTransformer3DWrapper",
     "wan21-i2v": "xFuserWanTransformer3DWrapper",
+    "wan22-ti2v": "xFuserWanTransformer3DWrapper",
+    "wan21-vace": "xFuserWanVACETransformer3DWrapper",
     "qwen": "xFuserQwenImageTransformerWrapper",
     "qwen-edit": "xFuserQwenImageTransformerWrapper",
     "hunyuan-video15": "xFuserHunyuanVideo15Transformer3DWrapper",
@@ -38,6 +40,8 @@ MODELS = {
     "kolors": "NoneType",  # a U-Net
     "kandinsky5": "Kandinsky5Transformer3DModel",
 }
+#: What their models are given to start from.
+PICTURES = {"wan21-i2v": ["image"], "qwen-edit": ["image"], "wan21-vace": ["first", "last"]}
 #: One of each pattern of calls, and a pipeline of xDiT's own kind.
 SPLIT = ["wan21-unipc", "qwen", "krea2", "hunyuan-video15", "lumina2"]
 SKIPPING = [*SPLIT, "wan22", "flux", "kolors"]
@@ -75,8 +79,8 @@ def save(folder, names):
         if name == "ltx2":
             call = second_stage(pipe, call, folder / name)
         torch.save(call, folder / name / "call.pt")
-        if name in ("wan21-i2v", "qwen-edit"):
-            call["image"].save(folder / name / "picture.png")
+        for picture in PICTURES.get(name, ()):
+            zoo_successive.picture().save(folder / name / f"{picture}.png")
 
 
 @pytest.fixture(scope="module")

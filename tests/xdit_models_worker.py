@@ -28,7 +28,7 @@ from xfuser.model_executor.models.transformers.transformer_krea2 import xFuserKr
 FLAGS = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "guidance_scale_2")
 
 #: What the runner's models that are for several tasks are asked for.
-TASKS = {"hunyuan-video15": "t2v"}
+TASKS = {"hunyuan-video15": "t2v", "wan22-ti2v": "t2v"}
 
 
 def main(folder: Path, name: str, flags: list[str], cases: list[str]) -> None:
@@ -102,7 +102,8 @@ def run(source: Path, flags: list[str]) -> dict:
     call.setdefault("guidance_scale", call.get("true_cfg_scale"))
     for flag in FLAGS:
         given += [f"--{flag}", str(call[flag])] if call.get(flag) is not None else []
-    given += ["--input_images", str(source / "picture.png")] if "image" in call else []
+    pictures = sorted(map(str, source.glob("*.png")))
+    given += ["--input_images", *pictures] if pictures else []
     given += ["--task", TASKS[source.name]] if source.name in TASKS else []
     args = options.build_parser().parse_args(given)
     hybrid = options.prepare(args, 8, int(os.environ["WORLD_SIZE"]))

@@ -50,6 +50,8 @@ from of_diffusers import (
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
     ZImageCoreDenoiseStep,
     ZImageTransformer2DModel,
 )
@@ -124,7 +126,7 @@ def _run(size: int, frames: int | None = None) -> dict[str, Any]:
     return settings if frames is None else {**settings, "num_frames": frames}
 
 
-def _picture() -> Image.Image:
+def picture() -> Image.Image:
     return Image.frombytes("RGB", (32, 32), bytes(i * 37 % 256 for i in range(32 * 32 * 3)))
 
 
@@ -180,22 +182,15 @@ def _qwen_call(pipe: DiffusionPipeline) -> dict[str, Any]:
 
 
 def _qwen_edit_call(pipe: DiffusionPipeline) -> dict[str, Any]:
-    return {**_qwen_call(pipe), "image": _picture(), "height": 512, "width": 512}
+    return {**_qwen_call(pipe), "image": picture(), "height": 512, "width": 512}
+
+
+WAN = dict(num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=TEXT)
+WAN |= dict(freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=32)
 
 
 def _wan_transformer(seed: int = 0, **changes: object) -> torch.nn.Module:
-    settings = dict(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        text_dim=TEXT,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=2,
-        rope_max_seq_len=32,
-    )
-    return _model(WanTransformer3DModel, seed, **{**settings, **changes})
+    return _model(WanTransformer3DModel, seed, **{**WAN, **changes})
 
 
 def wan(scheduler: Callable) -> DiffusionPipeline:
@@ -212,16 +207,25 @@ def wan22() -> DiffusionPipeline:
     )
 
 
-def wan_i2v() -> DiffusionPipeline:
-    vae = _model(
-        AutoencoderKLWan,
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1] * 4,
-        num_res_blocks=1,
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
+def wan_ti2v() -> DiffusionPipeline:
+    """Wan 2.2 TI2V: a timestep for each token."""
+    return _pipe(WanPipeline, transformer=_wan_transformer(), scheduler=_unipc(), expand_timesteps=True)
+
+
+def wan_vace() -> DiffusionPipeline:
+    """A video or its parts guide some layers: its latents, twice, and 64 channels of its mask."""
+    transformer = _model(
+        WanVACETransformer3DModel, **WAN, vace_layers=[0], vace_in_channels=2 * WAN["in_channels"] + 64
     )
+    return _pipe(WanVACEPipeline, transformer=transformer, scheduler=_unipc(), vae=_wan_vae())
+
+
+def _wan_vae() -> torch.nn.Module:
+    small = dict(base_dim=4, z_dim=4, dim_mult=[1] * 4, num_res_blocks=1)
+    return _model(AutoencoderKLWan, **small, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+
+
+def wan_i2v() -> DiffusionPipeline:
     eyes = CLIPVisionConfig(
         hidden_size=16,
         intermediate_size=16,
@@ -235,7 +239,7 @@ def wan_i2v() -> DiffusionPipeline:
         WanImageToVideoPipeline,
         transformer=_wan_transformer(in_channels=12, image_dim=16, added_kv_proj_dim=32),
         scheduler=_unipc(),
-        vae=vae,
+        vae=_wan_vae(),
         image_encoder=_model(CLIPVisionModel, config=eyes),
         image_processor=CLIPImageProcessor(size=32, crop_size=32),
     )
@@ -251,7 +255,7 @@ def _wan22_call(pipe: DiffusionPipeline) -> dict[str, Any]:
 
 def _wan_i2v_call(pipe: DiffusionPipeline) -> dict[str, Any]:
     # The attention takes the last 512 tokens for the text.
-    return {**_wan_call(pipe), **_texts(lengths=(512, 512)), "image": _picture()}
+    return {**_wan_call(pipe), **_texts(lengths=(512, 512)), "image": picture()}
 
 
 def hunyuan_video() -> DiffusionPipeline:
@@ -575,6 +579,8 @@ CASES: dict[str, Case] = {
     "wan21-euler": Case(partial(wan, _euler), _wan_call),
     "wan22": Case(wan22, _wan22_call),
     "wan21-i2v": Case(wan_i2v, _wan_i2v_call),
+    "wan22-ti2v": Case(wan_ti2v, _wan_call),
+    "wan21-vace": Case(wan_vace, _wan_call),
     "hunyuan-video": Case(hunyuan_video, _hunyuan_video_call),
     "cogview4": Case(cogview4, _cogview4_call),
     "flux-true-cfg": Case(flux, partial(_flux_call, true_cfg_scale=4.0)),

@@ -18,10 +18,10 @@ _UNTRIED = ("causal_wan", "lingbot_video", "minimax_h3")
 
 #: Those whose exactness on two ranks is tested (tests/test_xdit_models.py). The others go the same way.
 TESTED = {
-    *("xFuserWan21T2VModel", "xFuserWan22T2VModel", "xFuserWan21I2VModel", "xFuserQwenImageModel"),
-    *("xFuserQwenImageEditModel", "xFuserHunyuanvideo15Model", "xFuserLumina2Model", "xFuserKrea2RawModel"),
-    *("xFuserFluxModel", "xFuserFlux2Klein9BModel", "xFuserLTX2VideoModel", "xFuserZImageModel"),
-    "xFuserStableDiffusionModel",
+    *("xFuserWan21T2VModel", "xFuserWan22T2VModel", "xFuserWan21I2VModel", "xFuserWan22TI2VModel"),
+    *("xFuserWan21VACEModel", "xFuserQwenImageModel", "xFuserQwenImageEditModel", "xFuserHunyuanvideo15Model"),
+    *("xFuserLumina2Model", "xFuserKrea2RawModel", "xFuserFluxModel", "xFuserFlux2Klein9BModel"),
+    *("xFuserLTX2VideoModel", "xFuserZImageModel", "xFuserStableDiffusionModel"),
 }
 
 
