@@ -19,7 +19,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-DENOISERS = ("transformer", "transformer_2", "unet")
+DENOISERS = ("transformer", "transformer_2", "unet", "unconditional_transformer")
 Tensor = torch.Tensor
 
 
@@ -265,7 +265,7 @@ class Loop:
             self.begin()
         if not (is_new and self.is_skipped):
             self.weights[self.step] = self.read_weights(output, sample)
-        if self.parts is None and not self.is_skipped:
+        if self.parts is None and "S" in self.plan and not self.is_skipped:
             weights = self.weights[self.step]
             self.cond = int(np.argmax(weights / weights.sum()))
             self.parts = [[Part(self.times, self.gains) for _ in column] for column in self.true]

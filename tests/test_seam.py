@@ -155,6 +155,7 @@ CASES: dict[str, Expected] = {
     "wan21-i2v": successive(5.0),
     "wan22-ti2v": successive(5.0),
     "wan21-vace": successive(5.0),
+    "ideogram4": successive(7.0, plan="F" * 8),  # its branches are of two sizes
     "hunyuan-video": successive(4.0),
     "cogview4": successive(5.0),
     "flux-true-cfg": successive(4.0),

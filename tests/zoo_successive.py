@@ -34,6 +34,8 @@ from of_diffusers import (
     HunyuanVideo15Transformer3DModel,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
+    Ideogram4Pipeline,
+    Ideogram4Transformer2DModel,
     Kandinsky5T2VPipeline,
     Kandinsky5Transformer3DModel,
     Krea2Pipeline,
@@ -501,6 +503,29 @@ def _hunyuan_video15_call(pipe: DiffusionPipeline) -> dict[str, Any]:
     return _two_texts(64, frames=9)
 
 
+class _Ideogram4(Ideogram4Pipeline):
+    """With embeddings of the text instead of its encoder."""
+
+    def encode_prompt(self, prompt: str, grid_h: int, grid_w: int, max_sequence_length: int, device: Any) -> Any:
+        count = LENGTHS[0]
+        embeds = torch.zeros(1, max_sequence_length + grid_h * grid_w, TEXT)
+        embeds[:, max_sequence_length - count : max_sequence_length] = _normal(1, count, TEXT, seed=0)
+        return embeds.to(device), *self._prepare_ids([count], grid_h, grid_w, max_sequence_length, device)
+
+
+def ideogram4() -> DiffusionPipeline:
+    """Uncond has a network of its own, and predicts nothing in the text's places."""
+    settings = dict(in_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2, intermediate_size=32)
+    settings |= dict(adaln_dim=16, llm_features_dim=TEXT, mrope_section=(4, 2, 2))
+    cond, uncond = (_model(Ideogram4Transformer2DModel, seed, **settings) for seed in (0, 1))
+    return _pipe(_Ideogram4, transformer=cond, unconditional_transformer=uncond, scheduler=_euler())
+
+
+def _ideogram4_call(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """w falls at the end, as it does there by default."""
+    return {**_run(64), "prompt": "", "max_sequence_length": 12, "guidance_schedule": [7.0] * 6 + [3.0] * 2}
+
+
 def hunyuan_image() -> DiffusionPipeline:
     transformer = _model(
         HunyuanImageTransformer2DModel,
@@ -594,6 +619,7 @@ CASES: dict[str, Case] = {
     "hunyuan-video15": Case(hunyuan_video15, _hunyuan_video15_call),
     "hunyuan-video15-window": Case(partial(hunyuan_video15, start=0.3, stop=0.9), _hunyuan_video15_call),
     "hunyuan-image": Case(hunyuan_image, _hunyuan_image_call),
+    "ideogram4": Case(ideogram4, _ideogram4_call),
     "modular-wan": Case(modular_wan, _modular_wan_call),
     "modular-z-image": Case(modular_z_image, _modular_z_image_call),
 }

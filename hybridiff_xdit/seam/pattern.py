@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -24,11 +25,12 @@ from ..trees import PLAIN
 
 
 class _Same(NamedTuple):
-    """A leaf that equals the first call's leaf of this number, or one of ``of`` parts of it."""
+    """A leaf that equals the first call's leaf of this number, or ``length`` of it from ``start`` along a dimension."""
 
     leaf: int
-    part: int = 0
-    of: int = 1
+    dim: int = 0
+    start: int = 0
+    length: int | None = None
 
 
 class _Own(NamedTuple):
@@ -71,18 +73,29 @@ class Template:
 def _rule(first: Any, leaf: Any, number: int) -> _Same | _Own:
     if is_equal(first, leaf):
         return _Same(number)
-    if isinstance(first, torch.Tensor) and isinstance(leaf, torch.Tensor) and leaf.ndim and first.ndim == leaf.ndim:
-        count = len(first) // max(1, len(leaf))
-        if count > 1 and len(first) == count * len(leaf):
-            for index, piece in enumerate(first.chunk(count)):
-                if is_equal(piece, leaf):
-                    return _Same(number, index, count)
+    if isinstance(first, torch.Tensor) and isinstance(leaf, torch.Tensor):
+        for place in _places(first.shape, leaf.shape):
+            if is_equal(first.narrow(*place), leaf):
+                return _Same(number, *place)
     return _Own(leaf)
+
+
+def _places(whole: torch.Size, part: torch.Size) -> list[tuple[int, int, int]]:
+    """Where such a part is looked for, (dimension, start, length): a part of a batch, or the first or last tokens."""
+    differing = [dim for dim, (a, b) in enumerate(zip(whole, part, strict=False)) if a != b]
+    if len(whole) != len(part) or len(differing) != 1:
+        return []
+    (dim,) = differing
+    size, length = whole[dim], part[dim]
+    if not 0 < length < size or (dim == 0 and size % length):
+        return []
+    return [(dim, start, length) for start in (range(0, size, length) if dim == 0 else (0, size - length))]
 
 
 def _take(leaves: list[Any], rule: _Same) -> Any:
     leaf = leaves[rule.leaf]
-    return leaf if rule.of == 1 else leaf.chunk(rule.of)[rule.part]
+    # In one piece, as the pipeline's own: what evaluates it may depend on how it lies in memory.
+    return leaf if rule.length is None else leaf.narrow(rule.dim, rule.start, rule.length).contiguous()
 
 
 def compare(foretold: Call, actual: Call, pending: list[torch.Tensor], waits: bool) -> bool:
@@ -148,11 +161,11 @@ class Pattern:
     Args:
         slots: in order of the calls.
         is_foretold: whether the first call tells the others, so that all streams are evaluated at once.
-        is_estimable: whether the streams are of the run's latents, so that estimates can stand for them.
+        is_of_latents: whether the streams are of the run's latents.
     """
 
-    def __init__(self, slots: list[Slot], is_foretold: bool, is_estimable: bool) -> None:
-        self.slots, self.is_foretold, self.is_estimable = slots, is_foretold, is_estimable
+    def __init__(self, slots: list[Slot], is_foretold: bool, is_of_latents: bool) -> None:
+        self.slots, self.is_foretold, self.is_of_latents = slots, is_foretold, is_of_latents
         self.is_verified = False  # whether a step has been as foretold
         self.has_exchanged = False  # whether the ranks have exchanged such a step
 
@@ -171,6 +184,17 @@ class Pattern:
         """Streams of a step."""
         return len(self.structures)
 
+    @property
+    def is_alike(self) -> bool:
+        """Whether the streams are of one size. (Ideogram 4's cond has places for the text, and its uncond has none.)"""
+        first, *others = ([shape for shape, _ in structure.shapes] for structure in self.structures)
+        return all(other == first for other in others)
+
+    @cached_property
+    def is_estimable(self) -> bool:
+        """Whether estimates can stand for the streams, which are made of how these differ."""
+        return self.is_foretold and self.is_of_latents and self.is_alike
+
     def foretell(self, first: Call) -> list[Asked]:
         """The calls of a step, from the first of them."""
         return self.ask([slot.template.foretell(first) if slot.template else first for slot in self.slots])
@@ -182,7 +206,7 @@ class Pattern:
     def bare(self) -> Pattern:
         """The same without what belongs to a run, which would be kept alive."""
         slots = [replace(slot, template=None) for slot in self.slots]
-        return Pattern(slots, self.is_foretold, self.is_estimable)
+        return Pattern(slots, self.is_foretold, self.is_of_latents)
 
     def load(self, ranks: int) -> int:
         """Streams that the busiest of the ranks evaluates on a FULL step."""

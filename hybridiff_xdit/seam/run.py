@@ -226,7 +226,7 @@ class Run:
 
     def _is_estimable(self, pattern: Pattern) -> bool:
         """Whether there is something to estimate the streams from."""
-        return self.engine.is_known and pattern.is_foretold and pattern.is_estimable
+        return self.engine.is_known and pattern.is_estimable
 
     def _evaluate_whole(self, call: Call, count: int) -> Any:
         """Evaluate a call on every rank as it came; what it returns."""
@@ -509,6 +509,11 @@ class Run:
             if self._kind_now is FULL:
                 pattern = now.learn(len(sample), self.setting.streams.ranks, partial(self._warn_whole, now.calls[-1]))
                 self._learnt.append(pattern)
+                if not (pattern.is_alike or self.setting.config.is_exact):
+                    self.setting.warn(
+                        "hybrid-cond: the predictions of this pipeline's branches are of different sizes, so none can "
+                        "be estimated, and every step is FULL. Use --hybrid_policy cfg."
+                    )
             else:
                 pattern = None
             self.pattern = pattern
@@ -517,7 +522,7 @@ class Run:
         with self.signals.together():
             if self.step == 0:
                 self._plan_again(timestep, extra)
-            is_estimable = pattern is not None and pattern.is_foretold and pattern.is_estimable
+            is_estimable = pattern is not None and pattern.is_estimable
             if pattern is not None and is_new and is_estimable:
                 self.engine.full(now.evaluated, pattern.structures, now.handed)
             count = pattern.count if pattern else 1
