@@ -24,7 +24,7 @@ from nursery import ENV
 from PIL import Image
 from ranks import Ranks
 
-from hybridiff_xdit import HybridConfig, apply_hybrid, hybrid, last_report
+from hybridiff_xdit import HybridConfig, hybrid, last_report
 from hybridiff_xdit.seam.hooks import configure
 from hybridiff_xdit.xdit import cli, serve
 from hybridiff_xdit.xdit.serving.messages import Messages
@@ -407,18 +407,20 @@ def test_another_tolerance_for_the_runs_to_come():
     pipe = tiny.pipeline("sd3")
     with pytest.raises(ValueError, match="not applied"):
         configure(pipe, speedup=2.4)
-    apply_hybrid(pipe, HybridConfig(speedup=1.2))
     plans = []
-    for changes in ({}, {"speedup": 1.6}, {"tolerance": 1e-9}, {}):
-        configure(pipe, **changes)
-        tiny.call(pipe, "sd3", num_inference_steps=14)
-        plans.append(last_report(pipe)["plan"])
+    with hybrid(pipe, HybridConfig(speedup=1.2)):
+        for changes in ({}, {"speedup": 1.6}, {"tolerance": 1e-9}, {}):
+            configure(pipe, **changes)
+            tiny.call(pipe, "sd3", num_inference_steps=14)
+            plans.append(last_report(pipe)["plan"])
+        with pytest.raises(ValueError, match="not both"):
+            configure(pipe, speedup=2.4, tolerance=0.1)
     assert plans[0] == plans[3]
     assert plans[1].count("S") > plans[0].count("S") > plans[2].count("S") == 0
-    with pytest.raises(ValueError, match="not both"):
-        configure(pipe, speedup=2.4, tolerance=0.1)
-    apply_hybrid(pipe, HybridConfig(policy="cfg"))
-    with pytest.raises(ValueError, match="no effect with --hybrid_policy cfg"):
+    with (
+        hybrid(pipe, HybridConfig(policy="cfg")),
+        pytest.raises(ValueError, match="no effect with --hybrid_policy cfg"),
+    ):
         configure(pipe, tolerance=0.1)
 
 
