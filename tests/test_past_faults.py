@@ -863,6 +863,7 @@ def test_compiled_blocks_leave_pytorchs_settings_as_they_are():
 def test_what_stands_in_for_xfusers_names_is_put_back():
     from hybridiff_xdit.xdit import compat
 
+    compat.import_xfuser()
     compat.restore_xfuser()
     envs = importlib.import_module("xfuser.envs")
     before = envs._is_cuda, envs.get_torch_distributed_backend
