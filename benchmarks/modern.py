@@ -14,22 +14,24 @@ and latents come out. With ``--tiny`` they are small models of the same classes,
     plan-40   a fixed plan: two steps in five are, a bound of 3.3
     adaptive  a target speed-up of 2.5; with random weights its choice of steps means nothing
     context   diffusers' context parallelism: Ulysses over all ranks
-    ulysses   xDiT's Ulysses over all ranks; ``ring``: its ring attention. Both need ``--xdit``
+    ulysses   xDiT's Ulysses over all ranks
+    ring      xDiT's ring attention over all ranks
     dbcache   xDiT's Ulysses, and its ``--cache_method dbcache`` with the preset that it has for the model
 
-With ``--xdit`` the denoisers are xDiT's own, on its groups, for every strategy: with more than two ranks those of a
-branch split its tokens by Ulysses. The strategies take turns. In each turn a strategy is set up anew, warmed up by a
-run that ends, and measured by one whole run, or by as many forwards in a row as a run has steps: a GPU slows down under
-load. A run's time is that of the whole call of the pipeline, from a barrier to the end of the GPU's work, on the slower
-rank, and *loop* that of its denoising loop. All ranks measure a forward at once, each on its own GPU. F is the smaller
-of eager and graph on the slower rank, and the floor of a run is F times the forwards that a rank makes. The results are
-in DIR/modern.json, which is rewritten after each turn, and DIR/modern.md.
+The last three need ``--xdit``. With it the denoisers are xDiT's own, on its groups, for every strategy: with more than
+two ranks those of a branch split its tokens by Ulysses. The strategies take turns. In each turn a strategy is set up
+anew, warmed up by a run that ends, and measured by one whole run, or by as many forwards in a row as a run has steps: a
+GPU slows down under load. A run's time is that of the whole call of the pipeline, from a barrier to the end of the
+GPU's work, on the slower rank, and *loop* that of its denoising loop. All ranks measure a forward at once, each on its
+own GPU. F is the smaller of eager and graph on the slower rank, and the floor of a run is F times the forwards that a
+rank makes. The results are in DIR/modern.json, which is rewritten after each turn, and DIR/modern.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import platform
 import statistics
@@ -50,6 +52,7 @@ from pipelines import MODELS, NAMES_IN_XDIT, make
 
 from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
 from hybridiff_xdit.evaluate.calls import Call, count_parts, part, read_call
+from hybridiff_xdit.seam.hooks import denoiser_of
 
 FORWARDS = ("eager", "graph")
 OURS = ("cfg", "plan", "plan-40", "adaptive")
@@ -114,38 +117,50 @@ def forwards(denoiser: Any, inputs: Any, is_graph: bool, count: int, where: Any)
         dist.barrier(group=host)
         if call is None:
             return Found([], refused="not captured")
-        marks = [loop._mark()]
-        for _ in range(count + 1):  # the first warms up
+        call()  # warms up
+        begin = loop._mark()
+        for _ in range(count):
             call()
-            marks.append(loop._mark())
+        end = loop._mark()
     if not is_cuda:
-        return Found([(marks[-1] - marks[1]) / count])
+        return Found([(end - begin) / count])
     torch.cuda.synchronize()
-    return Found([marks[1].elapsed_time(marks[-1]) / 1e3 / count], memory=torch.cuda.max_memory_reserved())
+    return Found([begin.elapsed_time(end) / 1e3 / count], memory=torch.cuda.max_memory_reserved())
+
+
+def applied(pipe: Any, what: str, config: HybridConfig | None, name: str | None, steps: int) -> Any:
+    """A strategy on a pipeline, for the length of a ``with`` block.
+
+    Args:
+        config: of one of `OURS`.
+        name: the model's in xDiT, whose groups are then set up.
+        steps: of a run.
+    """
+    return by_diffusers(pipe, what, config) if name is None else by_xdit(pipe, what, config, name, steps)
 
 
 @contextmanager
-def applied(pipe: Any, what: str, config: HybridConfig | None, name: str | None, arguments: Any) -> Iterator[None]:
-    """A strategy on a pipeline; ``name`` is the model's in xDiT, whose groups are then set up."""
-    denoiser = getattr(pipe, "transformer", None)
-    ranks = dist.get_world_size()
-    if name is None:
-        if config is not None:
-            apply_hybrid(pipe, config)
+def by_diffusers(pipe: Any, what: str, config: HybridConfig | None) -> Iterator[None]:
+    if config is not None:
+        apply_hybrid(pipe, config)
+    if what == "context":
+        context = diffusers.ContextParallelConfig(ulysses_degree=dist.get_world_size())
+        denoiser_of(pipe).enable_parallelism(config=context)
+    try:
+        yield
+    finally:
+        remove_hybrid(pipe)
         if what == "context":
-            denoiser.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=ranks))
-        try:
-            yield
-        finally:
-            remove_hybrid(pipe)
-            if what == "context":
-                stop_context(denoiser)
-        return
+            stop_context(denoiser_of(pipe))
+
+
+@contextmanager
+def by_xdit(pipe: Any, what: str, config: HybridConfig | None, name: str, steps: int) -> Iterator[None]:
+    ranks = dist.get_world_size()
     within = "data_parallel_degree" if config is None else "ulysses_degree"  # of ranks that evaluate alone, or a branch
     degrees = {XDITS[what]: ranks} if what in XDITS else {"use_cfg_parallel": True, within: ranks // 2}
     engine_config = group.xdit_config(**degrees)
     from xfuser.core.distributed import initialize_runtime_state
-    from xfuser.model_executor.cache.adapters import apply_cache
 
     from hybridiff_xdit.xdit.groups import apply_on_groups, one_branch
 
@@ -153,20 +168,24 @@ def applied(pipe: Any, what: str, config: HybridConfig | None, name: str | None,
     if config is not None:
         apply_on_groups(pipe, config, engine_config, splits=True)
     if what == "dbcache":
-        import cache_dit
-        from xfuser.model_executor.models.runner_models.base_model import MODEL_REGISTRY
-
-        # Of Qwen-Image's models only the one for editing has a preset for guided calls.
-        preset = MODEL_REGISTRY[name.replace("Qwen-Image", "Qwen-Image-Edit")].settings.step_cache_config["dbcache"]
-        steps = arguments["num_inference_steps"]
-        apply_cache("dbcache", steps, pipe, preset_kwargs=preset.preset, adapter_config=preset.adapter)
+        cache_steps(pipe, name, steps)
     try:
         with one_branch():
             yield
     finally:
         remove_hybrid(pipe)
         if what == "dbcache":
-            cache_dit.disable_cache(pipe)
+            importlib.import_module("cache_dit").disable_cache(pipe)
+
+
+def cache_steps(pipe: Any, name: str, steps: int) -> None:
+    """As xDiT's runner does with ``--cache_method dbcache``."""
+    from xfuser.model_executor.cache.adapters import apply_cache
+    from xfuser.model_executor.models.runner_models.base_model import MODEL_REGISTRY
+
+    # Of Qwen-Image's models only the one for editing has a preset for guided calls.
+    preset = MODEL_REGISTRY[name.replace("Qwen-Image", "Qwen-Image-Edit")].settings.step_cache_config["dbcache"]
+    apply_cache("dbcache", steps, pipe, preset_kwargs=preset.preset, adapter_config=preset.adapter)
 
 
 def stop_context(denoiser: Any) -> None:
@@ -203,9 +222,9 @@ def compare(model: str, args: argparse.Namespace, where: Any) -> Iterator[list[d
     if args.xdit:
         group.xdit_config(use_cfg_parallel=True, ulysses_degree=dist.get_world_size() // 2)
     pipe, arguments = make(model, where[1], args.tiny, name is not None)
-    denoiser: Any = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    denoiser = denoiser_of(pipe)
     arguments["num_inference_steps"] = args.steps
-    with applied(pipe, "one-gpu", None, name, arguments):
+    with applied(pipe, "one-gpu", None, name, args.steps):
         cond, streams = first_step(pipe, denoiser, arguments)
     facts = dict(model=model, steps=args.steps, streams=streams, ranks=dist.get_world_size())
     facts["parameters"] = sum(weight.numel() for weight in denoiser.parameters())
@@ -223,7 +242,7 @@ def compare(model: str, args: argparse.Namespace, where: Any) -> Iterator[list[d
             continue
         gc.collect()
         torch.cuda.empty_cache()  # does nothing on a CPU
-        setting = applied(pipe, what, configs.get(what), name, arguments)
+        setting = applied(pipe, what, configs.get(what), name, args.steps)
         if what in FORWARDS:
             with setting:
                 found = forwards(denoiser, cond.inputs, what == "graph", args.steps, where)

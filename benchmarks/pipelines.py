@@ -15,7 +15,6 @@ from scenarios import SCENARIOS, _made_in
 
 from hybridiff_xdit.seam.hooks import denoiser_of
 
-MODELS = ("qwen-image", "wan-14b", "sd3-medium", "sdxl", "z-image", "hunyuan-video15", "ltx2", "sd3.5-large")
 #: What those that xDiT has a denoiser of its own for are called there.
 NAMES_IN_XDIT = {
     "qwen-image": "Qwen-Image",
@@ -47,7 +46,7 @@ XDITS = {
 
 def kind(name: str, is_xdit: bool) -> Any:
     """A denoiser's class of diffusers, or what xDiT makes of it."""
-    if not is_xdit or name not in XDITS:
+    if not is_xdit:
         return getattr(diffusers, name)
     module, own = XDITS[name]
     return getattr(importlib.import_module(f"xfuser.model_executor.models.transformers.{module}"), own)
@@ -137,7 +136,6 @@ def ltx2(is_tiny: bool, is_xdit: bool) -> Made:
     return pipe, arguments | given | masks
 
 
-#: By model; what is not here is one of `SCENARIOS`.
 MAKERS = {
     "qwen-image": qwen_image,
     "wan-14b": wan,
@@ -145,6 +143,9 @@ MAKERS = {
     "hunyuan-video15": hunyuan_video15,
     "ltx2": ltx2,
 }
+#: The tiny one of those that are among `SCENARIOS`.
+TINY = {"sd3-medium": "sd3-tiny", "sdxl": "sdxl-tiny", "sd3.5-large": "sd3-tiny"}
+MODELS = (*MAKERS, *TINY)
 
 
 def picture(is_tiny: bool) -> dict[str, Any]:
@@ -173,10 +174,10 @@ def make(model: str, device: torch.device, is_tiny: bool, is_xdit: bool = False)
     The classes' defaults are the published configurations.
     """
     torch.manual_seed(0)
-    if model not in MAKERS:
-        name = f"{model.partition('-')[0].removesuffix('.5')}-tiny" if is_tiny else f"{model}-1024"
-        pipe: Any = SCENARIOS[name].pipeline(device, torch.bfloat16)
-        arguments: dict[str, Any] = SCENARIOS[name].arguments(pipe)
+    if model in TINY:
+        scenario = SCENARIOS[TINY[model] if is_tiny else f"{model}-1024"]
+        pipe: Any = scenario.pipeline(device, torch.bfloat16)
+        arguments: dict[str, Any] = scenario.arguments(pipe)
     else:
         with device, _made_in(torch.bfloat16):
             pipe, arguments = MAKERS[model](is_tiny, is_xdit)

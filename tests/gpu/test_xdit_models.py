@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
-import test_xdit_models
 import torch
 from nursery import FOLDERS, TESTS
+from test_xdit_models import HYBRID, MODELS, PLAN, SKIPPING, save
 
 pytestmark = [
     pytest.mark.gpu,
@@ -16,17 +16,16 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
 
-MODELS = test_xdit_models.MODELS
-EXACT = [*test_xdit_models.HYBRID, "--hybrid_policy", "cfg"]
-PLAN = [*test_xdit_models.HYBRID, "--hybrid_plan", test_xdit_models.PLAN]
+EXACT = [*HYBRID, "--hybrid_policy", "cfg"]
+PLANNED = [*HYBRID, "--hybrid_plan", PLAN]
 COMPILED = ["wan21-unipc", "qwen", "pixart"]
 #: Name, processes, flags and cases of each run.
 RUNS = [
     ("plain", 1, [], [*MODELS]),
     ("exact", 2, EXACT, [*MODELS]),
     ("eager", 2, [*EXACT, "--hybrid_cuda_graphs", "off"], [*MODELS]),
-    ("alone", 1, PLAN, test_xdit_models.SKIPPING),
-    ("skipping", 2, PLAN, test_xdit_models.SKIPPING),
+    ("alone", 1, PLANNED, SKIPPING),
+    ("skipping", 2, PLANNED, SKIPPING),
     ("compiled", 2, [*EXACT, "--use_torch_compile"], COMPILED),
 ]
 ROUNDING = 0.1  # of the largest latent: bf16, eight steps, and batches of one beside a batch of two
@@ -36,7 +35,7 @@ ROUNDING = 0.1  # of the largest latent: bf16, eight steps, and batches of one b
 def results(tmp_path_factory):
     """By name of the run: what its last rank saved, by case."""
     folder = tmp_path_factory.mktemp("models")
-    test_xdit_models.save(folder, MODELS)
+    save(folder, MODELS)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, FOLDERS), os.environ.get("PYTHONPATH", "")])}
     running = [subprocess.Popen(command(folder, *run), env=env, stderr=subprocess.PIPE, text=True) for run in RUNS]
     for process in running:
@@ -68,10 +67,10 @@ def test_exact_is_the_runners_own(results, name):
     assert results["exact"][name]["report"]["plan"] == "F" * 8
 
 
-@pytest.mark.parametrize("name", test_xdit_models.SKIPPING)
+@pytest.mark.parametrize("name", SKIPPING)
 def test_skipped_steps(results, name):
     found, alone = made(results, "skipping", name), made(results, "alone", name)
-    assert results["skipping"][name]["report"]["plan"] == test_xdit_models.PLAN
+    assert results["skipping"][name]["report"]["plan"] == PLAN
     assert off(found, alone) < ROUNDING
     assert not torch.equal(found, made(results, "plain", name))
 
