@@ -31,20 +31,20 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import json
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
 import group
+import rivals
 import timing
 import torch
 import torch.distributed as dist
@@ -167,25 +167,13 @@ def by_xdit(pipe: Any, what: str, config: HybridConfig | None, name: str, steps:
     initialize_runtime_state(pipe, engine_config)
     if config is not None:
         apply_on_groups(pipe, config, engine_config, splits=True)
-    if what == "dbcache":
-        cache_steps(pipe, name, steps)
+    # Of Qwen-Image's models only the one for editing has a preset for guided calls.
+    preset = name.replace("Qwen-Image", "Qwen-Image-Edit")
     try:
-        with one_branch():
+        with one_branch(), rivals.cached_steps(pipe, preset, steps) if what == "dbcache" else nullcontext():
             yield
     finally:
         remove_hybrid(pipe)
-        if what == "dbcache":
-            importlib.import_module("cache_dit").disable_cache(pipe)
-
-
-def cache_steps(pipe: Any, name: str, steps: int) -> None:
-    """As xDiT's runner does with ``--cache_method dbcache``."""
-    from xfuser.model_executor.cache.adapters import apply_cache
-    from xfuser.model_executor.models.runner_models.base_model import MODEL_REGISTRY
-
-    # Of Qwen-Image's models only the one for editing has a preset for guided calls.
-    preset = MODEL_REGISTRY[name.replace("Qwen-Image", "Qwen-Image-Edit")].settings.step_cache_config["dbcache"]
-    apply_cache("dbcache", steps, pipe, preset_kwargs=preset.preset, adapter_config=preset.adapter)
 
 
 def stop_context(denoiser: Any) -> None:

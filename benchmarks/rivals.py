@@ -6,8 +6,9 @@ Each changes the pipeline it is given for good: hand it one of its own.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import group
@@ -16,14 +17,15 @@ import torch.distributed as dist
 from hybridiff_xdit.xdit.compat import import_xfuser
 
 #: As named on the command line.
-NAMES = ("xdit cfg", "xdit ulysses", "xdit pipefusion", "xdit cfg ring", "xdit cfg pipefusion")
+NAMES = ("xdit cfg", "xdit ulysses", "xdit pipefusion", "xdit cfg ring", "xdit cfg pipefusion", "xdit cfg dbcache")
 
 
 def degrees(name: str, family: str) -> dict[str, Any] | None:
     """xDiT's flags for a strategy on all processes; None where xDiT does not offer it.
 
     ``xdit cfg`` is CFG parallelism, on more than two processes with Ulysses in each branch, ring attention in its place
-    or PipeFusion. xDiT runs a U-Net on two processes by CFG parallelism, and in no other way.
+    or PipeFusion, or with cache-dit's cache of steps. xDiT runs a U-Net on two processes by CFG parallelism, and in no
+    other way.
     """
     size = dist.get_world_size()
     cfg, a_branch = {"use_cfg_parallel": True}, size // 2
@@ -33,6 +35,7 @@ def degrees(name: str, family: str) -> dict[str, Any] | None:
         return None
     return {
         "xdit cfg": {**cfg, "ulysses_degree": a_branch},
+        "xdit cfg dbcache": {**cfg, "ulysses_degree": a_branch},
         "xdit cfg ring": {**cfg, "ring_degree": a_branch},
         "xdit cfg pipefusion": {**cfg, "pipefusion_parallel_degree": a_branch},
         "xdit ulysses": {"ulysses_degree": size},
@@ -41,8 +44,8 @@ def degrees(name: str, family: str) -> dict[str, Any] | None:
 
 
 @contextmanager
-def applied(name: str, pipe: Any, family: str, is_decoder_split: bool) -> Iterator[Any]:
-    """xDiT's wrapper of a diffusers pipeline, on groups made for it."""
+def applied(name: str, pipe: Any, family: str, is_decoder_split: bool, steps: int) -> Iterator[Any]:
+    """xDiT's wrapper of a diffusers pipeline, on groups made for it, for runs of so many steps."""
     flags = degrees(name, family)
     assert flags is not None
     engine_config = group.xdit_config(**flags, use_parallel_vae=is_decoder_split)
@@ -51,10 +54,24 @@ def applied(name: str, pipe: Any, family: str, is_decoder_split: bool) -> Iterat
     if "pipefusion" in name:
         _mend_pipefusion()
     wrapper = xfuser.xFuserStableDiffusionXLPipeline if family == "unet" else xfuser.xFuserStableDiffusion3Pipeline
-    yield wrapper(pipe, engine_config)
+    wrapped = wrapper(pipe, engine_config)
+    with cached_steps(wrapped, "SD3.5", steps) if "dbcache" in name else nullcontext():
+        yield wrapped
     from xfuser.core.cache_manager.cache_manager import get_cache_manager
 
     get_cache_manager().cache.clear()  # PipeFusion's layers with their keys and values, kept for good
+
+
+@contextmanager
+def cached_steps(pipe: Any, model: str, steps: int) -> Iterator[None]:
+    """As xDiT's runner does with ``--cache_method dbcache`` and the preset of one of its models."""
+    from xfuser.model_executor.cache.adapters import apply_cache
+    from xfuser.model_executor.models.runner_models.base_model import MODEL_REGISTRY
+
+    preset = MODEL_REGISTRY[model].settings.step_cache_config["dbcache"]
+    apply_cache("dbcache", steps, pipe, preset_kwargs=preset.preset, adapter_config=preset.adapter)
+    yield
+    import_module("cache_dit").disable_cache(pipe)
 
 
 @cache

@@ -155,7 +155,7 @@ class Strategy(NamedTuple):
     @property
     def depends_on_length(self) -> bool:
         """Whether a run of fewer steps does not do what a run of all does, and so does not warm up for it."""
-        return self.config is not None and self.config.policy != "cfg"
+        return "dbcache" in self.base or (self.config is not None and self.config.policy != "cfg")
 
     def plan(self, steps: int, report: dict[str, Any] | None) -> str:
         """Letters of its steps; F where each evaluates both branches as they are."""
@@ -164,12 +164,12 @@ class Strategy(NamedTuple):
         return report["plan"] if report else "F" * steps
 
     @contextmanager
-    def applied(self, pipe: Any, place: group.Place, name: str) -> Iterator[tuple[Any, Graphs | None]]:
+    def applied(self, pipe: Any, place: group.Place, name: str, steps: int) -> Iterator[tuple[Any, Graphs | None]]:
         """Set the pipeline up, or one beside it for xDiT's strategy; yields what to call and what holds its graphs."""
         scenario = SCENARIOS[name]
         if self.is_rival:
             beside, is_split = scenario.beside(pipe), "vae" in self.ways
-            with _kept_decoder(pipe), rivals.applied(self.base, beside, scenario.family, is_split) as wrapped:
+            with _kept_decoder(pipe), rivals.applied(self.base, beside, scenario.family, is_split, steps) as wrapped:
                 yield wrapped, None
             return
         with ExitStack() as undo:
@@ -277,7 +277,10 @@ def _compare(
                 torch.cuda.empty_cache()
             runs_here = strategy.runs_here(place)
             with (
-                strategy.applied(pipe, place, scenario) if runs_here else nullcontext((None, None)) as (callee, graphs)
+                strategy.applied(pipe, place, scenario, args.steps) if runs_here else nullcontext((None, None)) as (
+                    callee,
+                    graphs,
+                )
             ):
                 call = partial(_call, callee, arguments) if runs_here else _wait
                 is_short = args.warm_up is not None and not strategy.depends_on_length
