@@ -75,6 +75,7 @@ CONFIGS: dict[str, HybridConfig | None] = {
     # By target: with random weights, what a tolerance saves says nothing of a trained model.
     "adaptive 2.5": HybridConfig(speedup=2.5),
     "adaptive 2.85": HybridConfig(speedup=2.85),
+    "adaptive 3.3": HybridConfig(speedup=3.3),
 }
 BOTH_BRANCHES = "both branches"
 #: Its steps before both branches are pipelined: AsyncDiff's fewest.
