@@ -53,7 +53,7 @@ class Double(nn.Module):
 
     def forward(self, x, scale=1.0):
         self.note(x)
-        return self.weight * x * scale
+        return self.weight * self.inner(x) * scale
 
 
 @pytest.fixture
@@ -76,6 +76,14 @@ def test_the_second_call_is_captured_and_later_ones_are_replays(double):
     assert double.tape == [3]
 
 
+def test_compiled_blocks_are_captured_on_the_second_call_too(double):
+    block = nn.Linear(2, 2, bias=False)
+    nn.init.eye_(block.weight)
+    double.module.inner = torch.compile(block, backend="eager")
+    assert [double(v) for v in (1.0, 2.0, 3.0, 4.0)] == [2.0, 4.0, 6.0, 8.0]
+    assert double.tape == [3]
+
+
 def test_what_is_returned_is_the_callers_own(double):
     caller, module = double.graphs, double.module
     with torch.no_grad():
@@ -90,7 +98,7 @@ def test_what_is_returned_is_the_callers_own(double):
     [
         lambda module: setattr(module, "weight", nn.Parameter(torch.full((2,), 5.0))),
         lambda module: setattr(module.weight, "data", torch.full((2,), 5.0)),
-        lambda module: setattr(module, "inner", nn.Linear(2, 2)),
+        lambda module: setattr(module, "inner", nn.Sequential()),
         lambda module: setattr(module, "scaling", {"default": 0.5}),
         lambda module: setattr(module.inner, "processor", object()),
         lambda module: module.eval(),

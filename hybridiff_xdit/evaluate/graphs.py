@@ -52,8 +52,9 @@ _ADAPTERS = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters
 
 _CONSTANTS = frozenset((bool, int, float, str, type(None)))
 
-#: What every module holds: its tensors, modules and hooks are looked at by themselves.
-_MODULES_OWN = frozenset(vars(nn.Module())) | {"forward"}
+#: What every module holds: its tensors, modules and hooks are looked at by themselves. What a compiled module knows of
+#: its compiler changes with its first call, and says nothing that the module and its inputs do not.
+_MODULES_OWN = frozenset(vars(nn.Module())) | {"forward", "dynamo_ctx"}
 
 #: What is looked at on every step, or is refused if it does anything.
 _LOOKED_AT = frozenset(("processor", "_diffusers_hook", *_ADAPTERS))
@@ -341,7 +342,7 @@ def _state_of(denoiser: nn.Module) -> tuple[Hashable, list[nn.Module]]:
             for hook in (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()):
                 if getattr(hook, "__module__", "").partition(".")[0] != "hybridiff_xdit":
                     raise _Uncapturable(f"{type(module).__name__} has a forward hook")
-        state += [type(module), own["training"], own.get("forward")]
+        state += [type(module), module.training, own.get("forward")]
         for tensors in (own["_parameters"], own["_buffers"]):
             if tensors:
                 state += [tensor.data_ptr() for tensor in tensors.values() if tensor is not None]
