@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 logger = logging.getLogger("emoji.data")
 
@@ -70,6 +72,24 @@ def load(path: str | Path) -> tuple[np.ndarray, list[str]]:
     """Reads what `build` wrote: pictures uint8 [N, 64, 64, 3] and N captions."""
     with np.load(path, allow_pickle=False) as file:
         return file["pictures"], [str(caption) for caption in file["captions"]]
+
+
+class Emoji:
+    """The emoji as they are.
+
+    Args:
+        pictures: uint8 [N, 3, 64, 64], on the device that trains.
+        captions: N captions.
+    """
+
+    def __init__(self, pictures: Tensor, captions: list[str]) -> None:
+        self._pictures, self.captions = pictures, captions
+        often = [0.35 if "skin tone" in caption else 1.0 for caption in captions]  # half of them are such variations
+        self.weights = torch.tensor(often, device=pictures.device)
+
+    def draw(self, index: Tensor) -> Tensor:
+        """The pictures of `index` int64 [B]: float32 [B, 3, 64, 64] in [-1, 1]."""
+        return self._pictures[index].float() / 127.5 - 1
 
 
 def main() -> None:

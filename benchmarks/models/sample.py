@@ -1,4 +1,4 @@
-"""Draws a labelled contact sheet of 12 well-known emoji with the stock diffusers pipeline.
+"""Draws a labelled sheet of what a small model makes of twelve prompts, with the stock diffusers pipeline.
 
 python benchmarks/models/sample.py --model benchmarks/models/emoji-sd3 --out emoji-sd3.png
 """
@@ -6,16 +6,16 @@ python benchmarks/models/sample.py --model benchmarks/models/emoji-sd3 --out emo
 from __future__ import annotations
 
 import argparse
-import logging
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 
-logger = logging.getLogger("emoji.sample")
-
-PROMPTS = (
+EMOJI = (
     "google style emoji of grinning face",
     "google style emoji of red apple",
     "google style emoji of slice of pizza",
@@ -29,61 +29,66 @@ PROMPTS = (
     "twitter style emoji of fire engine",
     "twitter style emoji of frog face",
 )
+FILES = {
+    "QwenImagePipeline": "prompts_scenes.txt",
+    "StableDiffusionPipeline": "prompts_scenes.txt",
+    "WanPipeline": "prompts_clips.txt",
+}
+
+
+def prompts_of(pipe: DiffusionPipeline) -> list[str]:
+    """Twelve prompts of the kind that the model was trained on."""
+    name = FILES.get(type(pipe).__name__)
+    return (Path(__file__).parent / name).read_text().splitlines()[:12] if name else list(EMOJI)
+
+
+def arguments(pipe: DiffusionPipeline, prompts: Sequence[str], guidance: float) -> dict[str, Any]:
+    """What the pipeline is called with: the sizes and the length of text that the model was trained on."""
+    given: dict[str, Any] = {"prompt": list(prompts), "guidance_scale": guidance}
+    match type(pipe).__name__:
+        case "QwenImagePipeline":
+            del given["guidance_scale"]
+            given |= {"true_cfg_scale": guidance, "negative_prompt": [" "] * len(prompts), "height": 64, "width": 64}
+        case "WanPipeline":
+            given |= {"height": 64, "width": 64, "num_frames": 9, "max_sequence_length": 32, "output_type": "pil"}
+        case "PixArtSigmaPipeline":
+            given |= {"max_sequence_length": 32, "clean_caption": False, "use_resolution_binning": False}
+    return given
 
 
 def draw(
-    pipe: DiffusionPipeline,
-    prompts: tuple[str, ...] = PROMPTS,
-    *,
-    steps: int = 50,
-    guidance: float = 5.0,
-    seed: int = 0,
+    pipe: DiffusionPipeline, prompts: Sequence[str], *, steps: int = 50, guidance: float = 5.0, seed: int = 0
 ) -> list[Image.Image]:
-    """One RGB picture a prompt, in one batch; picture i starts from the seed `seed + i`."""
-    generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))]
+    """One RGB picture a prompt, in one batch; picture i starts from `seed + i`. A clip is a strip of frames."""
     pipe.set_progress_bar_config(disable=True)
-    return pipe(
-        list(prompts),
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        generator=generators,
-    ).images
+    generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))]
+    drawn = pipe(**arguments(pipe, prompts, guidance), num_inference_steps=steps, generator=generators)
+    return [_strip(frames[::4]) for frames in drawn.frames] if "frames" in drawn else drawn.images
 
 
-def sheet(pictures: list[Image.Image], captions: tuple[str, ...], columns: int = 6) -> Image.Image:
-    """Lays pictures out in rows of `columns`, 3x enlarged, the caption in two lines under each."""
-    cell, text = 3 * pictures[0].width, 34
-    rows = -(-len(pictures) // columns)
-    canvas = Image.new("RGB", (columns * (cell + 8), rows * (cell + text)), "white")
+def _strip(frames: list[Image.Image]) -> Image.Image:
+    width, height = frames[0].size
+    strip = Image.new("RGB", (width * len(frames), height))
+    for i, frame in enumerate(frames):
+        strip.paste(frame, (i * width, 0))
+    return strip
+
+
+def sheet(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
+    """Lays pictures out in rows, 3x enlarged, the caption under each."""
+    width, height = 3 * pictures[0].width, 3 * pictures[0].height
+    columns, text = max(2, 1152 // width), 62
+    canvas = Image.new("RGB", (columns * (width + 8), -(-len(pictures) // columns) * (height + text)), "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=12)
     for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        left, top = index % columns * (cell + 8) + 4, index // columns * (cell + text)
-        canvas.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (left, top))
-        head, _, tail = caption.partition(" emoji of ")
-        pen.text((left, top + cell + 2), f"{head} emoji of\n{tail}", fill="black", font=font)
+        left, top = index % columns * (width + 8) + 4, index // columns * (height + text)
+        canvas.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (left, top))
+        pen.text((left, top + height + 2), textwrap.fill(caption, width // 6), fill="black", font=font)
     return canvas
 
 
-def contact_sheet(
-    model: str | Path,
-    out: str | Path,
-    *,
-    device: str = "cuda",
-    dtype: torch.dtype = torch.float32,
-    steps: int = 50,
-    guidance: float = 5.0,
-    seed: int = 0,
-) -> None:
-    """Loads the folder `model` offline with its stock pipeline and writes the sheet to `out`."""
-    pipe = DiffusionPipeline.from_pretrained(model, local_files_only=True).to(device, dtype)
-    pictures = draw(pipe, steps=steps, guidance=guidance, seed=seed)
-    sheet(pictures, PROMPTS).save(out)
-    logger.info("%s: %d pictures -> %s", type(pipe).__name__, len(pictures), out)
-
-
 def main() -> None:
-    """Command line of `contact_sheet`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a saved pipeline")
     parser.add_argument("--out", required=True, help="the .png file to write")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -91,15 +96,9 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    contact_sheet(
-        args.model,
-        args.out,
-        device=args.device,
-        steps=args.steps,
-        guidance=args.guidance,
-        seed=args.seed,
-    )
+    pipe = DiffusionPipeline.from_pretrained(args.model, local_files_only=True).to(args.device)
+    prompts = prompts_of(pipe)
+    sheet(draw(pipe, prompts, steps=args.steps, guidance=args.guidance, seed=args.seed), prompts).save(args.out)
 
 
 if __name__ == "__main__":
