@@ -157,6 +157,7 @@ CASES: dict[str, Expected] = {
     "wan21-vace": successive(5.0),
     "ideogram4": successive(7.0, plan="F" * 8),  # its branches are of two sizes
     "hunyuan-video": successive(4.0),
+    "cosmos3": successive(6.0),
     "cogview4": successive(5.0),
     "flux-true-cfg": successive(4.0),
     "flux": successive(None, forwards=(8, 8), warns="1 had nothing of its own to evaluate"),

@@ -21,7 +21,8 @@ TESTED = {
     *("xFuserWan21T2VModel", "xFuserWan22T2VModel", "xFuserWan21I2VModel", "xFuserWan22TI2VModel"),
     *("xFuserWan21VACEModel", "xFuserQwenImageModel", "xFuserQwenImageEditModel", "xFuserHunyuanvideo15Model"),
     *("xFuserLumina2Model", "xFuserKrea2RawModel", "xFuserFluxModel", "xFuserFlux2Klein9BModel"),
-    *("xFuserLTX2VideoModel", "xFuserZImageModel", "xFuserStableDiffusionModel"),
+    *("xFuserLTX2VideoModel", "xFuserLTX23VideoModel", "xFuserLTX25FullVideoModel", "xFuserZImageModel"),
+    *("xFuserIdeogram4Model", "xFuserCosmos3NanoModel", "xFuserStableDiffusionModel"),
 }
 
 
@@ -54,7 +55,7 @@ def _row(model: type[xFuserModel], names: list[str]) -> tuple[str, ...]:
     ]
     ours = ["branches" if count > 1 else "SKIPPED steps"]
     where = model.__module__.rsplit(".")[-1]
-    if where != "z_image" or takes_z_images_call():
+    if where != "cosmos3" and (where != "z_image" or takes_z_images_call()):
         ours += split
     if where in _UNTRIED:
         ours = ["not tried"]
