@@ -29,6 +29,7 @@ MODELS = {
     "wan21-unipc": "xFuserWanTransformer3DWrapper",
     "wan22": "xFuserWanTransformer3DWrapper",
     "wan21-i2v": "xFuserWanTransformer3DWrapper",
+    "wan22-i2v": "xFuserWanTransformer3DWrapper",
     "wan22-ti2v": "xFuserWanTransformer3DWrapper",
     "wan21-vace": "xFuserWanVACETransformer3DWrapper",
     "qwen": "xFuserQwenImageTransformerWrapper",
@@ -47,7 +48,7 @@ MODELS = {
     "kandinsky5": "Kandinsky5Transformer3DModel",
 }
 #: What their models are given to start from.
-PICTURES = {"wan21-i2v": ["image"], "qwen-edit": ["image"], "wan21-vace": ["first", "last"]}
+PICTURES = {"wan21-i2v": ["image"], "wan22-i2v": ["image"], "qwen-edit": ["image"], "wan21-vace": ["first", "last"]}
 #: Where on the hub xDiT's models look for what these folders hold.
 HUB = {
     "ltx2.3": ("dg845/LTX-2.3-Diffusers", "Lightricks/LTX-2.3", "dg845/LTX-2.3-Spatial-Upsampler-Diffusers"),
@@ -175,6 +176,7 @@ def test_the_catalogue():
     models = {name: row[1:] for row in rows for name in row[0].split(", ")}
     assert models["Wan2.1-T2V"] == ["2", "Ulysses, ring", "branches, Ulysses, ring", "yes"]
     assert models["LTX-2.5-full"] == ["4", "Ulysses, ring", "branches, Ulysses, ring", "yes"]
+    assert models["LingBot-Video-MoE"] == ["2", "Ulysses, CFG", "not tried: needs lingbot_video"]
     assert models["Cosmos3-Nano"] == ["2", "Ulysses, ring, CFG", "branches", "yes"]
     assert models["FLUX.1-dev"] == ["1", "Ulysses, ring, PipeFusion", "SKIPPED steps, Ulysses, ring", "yes"]
     assert models["Z-Image"] == ["2", "Ulysses, ring, CFG", "branches", "yes"]

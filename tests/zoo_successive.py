@@ -252,6 +252,13 @@ def wan_i2v() -> DiffusionPipeline:
     )
 
 
+def wan22_i2v() -> DiffusionPipeline:
+    """Two networks, and no encoder for the picture."""
+    first, second = (_wan_transformer(seed, in_channels=12) for seed in (0, 1))
+    parts = dict(transformer=first, transformer_2=second, scheduler=_unipc(), vae=_wan_vae())
+    return _pipe(WanImageToVideoPipeline, **parts, boundary_ratio=0.8)
+
+
 def _wan_call(pipe: DiffusionPipeline) -> dict[str, Any]:
     return {**_run(32, frames=9), **_texts(lengths=(8, 8)), "guidance_scale": 5.0}
 
@@ -263,6 +270,10 @@ def _wan22_call(pipe: DiffusionPipeline) -> dict[str, Any]:
 def _wan_i2v_call(pipe: DiffusionPipeline) -> dict[str, Any]:
     # The attention takes the last 512 tokens for the text.
     return {**_wan_call(pipe), **_texts(lengths=(512, 512)), "image": picture()}
+
+
+def _wan22_i2v_call(pipe: DiffusionPipeline) -> dict[str, Any]:
+    return {**_wan22_call(pipe), "image": picture()}
 
 
 def hunyuan_video() -> DiffusionPipeline:
@@ -645,6 +656,7 @@ CASES: dict[str, Case] = {
     "wan21-euler": Case(partial(wan, _euler), _wan_call),
     "wan22": Case(wan22, _wan22_call),
     "wan21-i2v": Case(wan_i2v, _wan_i2v_call),
+    "wan22-i2v": Case(wan22_i2v, _wan22_i2v_call),
     "wan22-ti2v": Case(wan_ti2v, _wan_call),
     "wan21-vace": Case(wan_vace, _wan_call),
     "hunyuan-video": Case(hunyuan_video, _hunyuan_video_call),
