@@ -137,7 +137,8 @@ class Loop:
     # The denoiser's calls.
 
     def forward(self, denoiser: Any, original: Callable, *args: Any, **kwargs: Any) -> Any:
-        latents = next(iter(inspect.signature(original).bind(*args, **kwargs).arguments.values()))
+        given = inspect.signature(original).bind(*args, **kwargs).arguments
+        latents = given.get("vision_tokens", next(iter(given.values())))
         key = (id(denoiser), len(latents) // self.pictures)
         index, count = len(self.asked), key[1]
         if not self.asked:
@@ -313,13 +314,14 @@ def gains(scheduler: Any, times: list[float], **extra: float) -> list[float]:
 def tensors(output: Any) -> list[Tensor]:
     """The predictions in what a denoiser returned, [streams * pictures, ...]."""
     values = output.values() if isinstance(output, dict) else output
-    return [torch.stack(value) if isinstance(value, list) else value for value in values]
+    return [torch.stack(value) if isinstance(value, list) else value for value in values if value is not None]
 
 
 def like(output: Any, columns: list[list[Tensor]]) -> Any:
     """The same with other predictions, given by tensor and stream."""
-    values = output.values() if isinstance(output, dict) else output
-    joined = [list(torch.cat(c)) if isinstance(v, list) else torch.cat(c) for v, c in zip(values, columns, strict=True)]
+    found, joined = map(torch.cat, columns), []
+    for value in output.values() if isinstance(output, dict) else output:
+        joined.append(None if value is None else list(next(found)) if isinstance(value, list) else next(found))
     return type(output)(*joined) if isinstance(output, dict) else tuple(joined)
 
 

@@ -153,10 +153,12 @@ CASES: dict[str, Expected] = {
     "wan21-euler": successive(5.0),
     "wan22": successive(5.0, forwards=(10, 10)),
     "wan21-i2v": successive(5.0),
+    "wan22-i2v": successive(5.0, forwards=(10, 10)),
     "wan22-ti2v": successive(5.0),
     "wan21-vace": successive(5.0),
     "ideogram4": successive(7.0, plan="F" * 8),  # its branches are of two sizes
     "hunyuan-video": successive(4.0),
+    "cosmos3": successive(6.0),
     "cogview4": successive(5.0),
     "flux-true-cfg": successive(4.0),
     "flux": successive(None, forwards=(8, 8), warns="1 had nothing of its own to evaluate"),

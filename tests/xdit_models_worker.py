@@ -12,8 +12,9 @@ import traceback
 from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import torch
-import zoo_successive  # noqa: F401  # a checkpoint names a class of it
+import zoo_successive  # noqa: F401  # a checkpoint names a class of it, and Ideogram 4's text is of there
 from diffusers import DiffusionPipeline, Krea2Transformer2DModel
 from torch.utils._pytree import tree_map_only
 
@@ -27,11 +28,14 @@ from xfuser.model_executor.models.transformers.transformer_krea2 import xFuserKr
 
 FLAGS = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "guidance_scale_2")
 
+#: Those that have a name of xDiT's, and lie where it looks for them.
+NAMED = {"ltx2.3": "LTX-2.3", "ltx2.5": "LTX-2.5-full"}
 #: What the runner's models that are for several tasks are asked for.
-TASKS = {"hunyuan-video15": "t2v", "wan22-ti2v": "t2v"}
+TASKS = {"hunyuan-video15": "t2v", "wan22-ti2v": "t2v", "ltx2.5": "t2v"}
 
 
 def main(folder: Path, name: str, flags: list[str], cases: list[str]) -> None:
+    huggingface_hub.constants.HF_HUB_CACHE, huggingface_hub.constants.HF_HUB_OFFLINE = str(folder / "hub"), True
     load_without_texts()
     # Its constructor names no argument, so that none of the configuration would be read.
     signature = inspect.signature(Krea2Transformer2DModel.__init__)
@@ -59,8 +63,10 @@ def load_without_texts() -> None:
     original = DiffusionPipeline.from_pretrained.__func__
 
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        absent = dict.fromkeys(resolve(pretrained_model_name_or_path).absent)
-        return original(cls, pretrained_model_name_or_path, **{**absent, **kwargs})
+        name = pretrained_model_name_or_path
+        if not Path(name).is_dir():
+            name = str(Path(huggingface_hub.try_to_load_from_cache(name, "model_index.json")).parent)
+        return original(cls, name, **{**dict.fromkeys(resolve(name).absent), **kwargs})
 
     DiffusionPipeline.from_pretrained = classmethod(from_pretrained)
 
@@ -82,7 +88,7 @@ def calls_with(pipe: DiffusionPipeline, call: dict) -> None:
         output = original(self, **{**kwargs, **given, "output_type": "latent"})
         if output is None or isinstance(output, tuple):
             return output
-        key = "frames" if hasattr(output, "frames") else "images"
+        key = next(key for key in ("frames", "video", "images") if hasattr(output, key))
         setattr(output, key, list(getattr(output, key)))  # xDiT asks whether there are any
         return output
 
@@ -98,7 +104,7 @@ def as_its_own(pipe: DiffusionPipeline, given: torch.Tensor) -> torch.Tensor:
 
 def run(source: Path, flags: list[str]) -> dict:
     call = torch.load(source / "call.pt", weights_only=False)
-    given = ["--model", str(source), "--prompt", "a", "--seed", "42", *flags]
+    given = ["--model", NAMED.get(source.name, str(source)), "--prompt", "a", "--seed", "42", *flags]
     call.setdefault("guidance_scale", call.get("true_cfg_scale"))
     for flag in FLAGS:
         given += [f"--{flag}", str(call[flag])] if call.get(flag) is not None else []
@@ -125,7 +131,7 @@ def run(source: Path, flags: list[str]) -> dict:
     return {
         "model": type(runner.model).__name__,
         "denoiser": type(getattr(pipe, "transformer", None)).__name__,
-        "made": torch.stack(latents) if latents else None,
+        "made": torch.stack([torch.as_tensor(part) for part in latents]) if latents else None,
         "report": last_report(pipe) if hybrid else None,
     }
 

@@ -225,7 +225,7 @@ def _dynamic() -> FlowMatchEulerDiscreteScheduler:
 
 
 def ltx2() -> LTX2Pipeline:
-    """As in LTX-2.3: gates, and a modulation of the text by the noise level."""
+    """As in LTX-2.3: gates, a modulation of the text by the noise level, and rotations of halves."""
     transformer = LTX2VideoTransformer3DModel(
         in_channels=8,
         out_channels=8,
@@ -245,6 +245,7 @@ def ltx2() -> LTX2Pipeline:
         audio_cross_attn_mod=True,
         perturbed_attn=True,
         use_prompt_embeddings=False,
+        rope_type="split",
     )
     connectors = LTX2TextConnectors(
         caption_channels=TEXT // 2,

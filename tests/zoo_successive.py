@@ -21,6 +21,8 @@ from of_diffusers import (
     CogView4Transformer2DModel,
     ConfigMixin,
     Cosmos2TextToImagePipeline,
+    Cosmos3OmniPipeline,
+    Cosmos3OmniTransformer,
     CosmosTransformer3DModel,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
@@ -58,7 +60,10 @@ from of_diffusers import (
     ZImageTransformer2DModel,
 )
 from PIL import Image
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
 
 TEXT = 24
 POOLED = 8
@@ -247,6 +252,13 @@ def wan_i2v() -> DiffusionPipeline:
     )
 
 
+def wan22_i2v() -> DiffusionPipeline:
+    """Two networks, and no encoder for the picture."""
+    first, second = (_wan_transformer(seed, in_channels=12) for seed in (0, 1))
+    parts = dict(transformer=first, transformer_2=second, scheduler=_unipc(), vae=_wan_vae())
+    return _pipe(WanImageToVideoPipeline, **parts, boundary_ratio=0.8)
+
+
 def _wan_call(pipe: DiffusionPipeline) -> dict[str, Any]:
     return {**_run(32, frames=9), **_texts(lengths=(8, 8)), "guidance_scale": 5.0}
 
@@ -258,6 +270,10 @@ def _wan22_call(pipe: DiffusionPipeline) -> dict[str, Any]:
 def _wan_i2v_call(pipe: DiffusionPipeline) -> dict[str, Any]:
     # The attention takes the last 512 tokens for the text.
     return {**_wan_call(pipe), **_texts(lengths=(512, 512)), "image": picture()}
+
+
+def _wan22_i2v_call(pipe: DiffusionPipeline) -> dict[str, Any]:
+    return {**_wan22_call(pipe), "image": picture()}
 
 
 def hunyuan_video() -> DiffusionPipeline:
@@ -280,6 +296,39 @@ def hunyuan_video() -> DiffusionPipeline:
 def _hunyuan_video_call(pipe: DiffusionPipeline) -> dict[str, Any]:
     texts = {**_padded("prompt_embeds", "prompt_attention_mask"), **_pooled()}
     return {**_run(32, frames=9), **texts, "true_cfg_scale": 4.0}
+
+
+#: Of Cosmos3's tokenizer. Its network reads the words themselves.
+WORDS = ("<unknown>", "<end>", "<|vision_start|>", *"abcdefghi")
+
+
+def cosmos3() -> DiffusionPipeline:
+    transformer = _model(
+        Cosmos3OmniTransformer,
+        head_dim=16,
+        hidden_size=32,
+        intermediate_size=32,
+        latent_channel=4,
+        latent_patch_size=1,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        patch_latent_dim=4,
+        rope_axes_dim=[4, 2, 2],
+        vocab_size=len(WORDS),
+    )
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token=WORDS[0]))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=WORDS[1])
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    parts = dict(text_tokenizer=tokenizer, vae=_wan_vae(), enable_safety_checker=False)
+    return _pipe(Cosmos3OmniPipeline, transformer=transformer, scheduler=_unipc(), **parts)
+
+
+def _cosmos3_call(pipe: DiffusionPipeline) -> dict[str, Any]:
+    templates = dict.fromkeys(("use_system_prompt", "add_resolution_template", "add_duration_template"), False)
+    texts = dict(prompt="a b c d e", negative_prompt="f g")
+    return {**_run(64, frames=5), **texts, **templates, "guidance_scale": 6.0}
 
 
 def cogview4() -> DiffusionPipeline:
@@ -503,14 +552,17 @@ def _hunyuan_video15_call(pipe: DiffusionPipeline) -> dict[str, Any]:
     return _two_texts(64, frames=9)
 
 
-class _Ideogram4(Ideogram4Pipeline):
-    """With embeddings of the text instead of its encoder."""
+def _ideogram4_text(
+    self: DiffusionPipeline, prompt: str, grid_h: int, grid_w: int, max_sequence_length: int, device: Any
+) -> Any:
+    """Embeddings of the text instead of its encoder's."""
+    count = LENGTHS[0]
+    embeds = torch.zeros(1, max_sequence_length + grid_h * grid_w, TEXT)
+    embeds[:, max_sequence_length - count : max_sequence_length] = _normal(1, count, TEXT, seed=0)
+    return embeds.to(device), *self._prepare_ids([count], grid_h, grid_w, max_sequence_length, device)
 
-    def encode_prompt(self, prompt: str, grid_h: int, grid_w: int, max_sequence_length: int, device: Any) -> Any:
-        count = LENGTHS[0]
-        embeds = torch.zeros(1, max_sequence_length + grid_h * grid_w, TEXT)
-        embeds[:, max_sequence_length - count : max_sequence_length] = _normal(1, count, TEXT, seed=0)
-        return embeds.to(device), *self._prepare_ids([count], grid_h, grid_w, max_sequence_length, device)
+
+Ideogram4Pipeline.encode_prompt = _ideogram4_text
 
 
 def ideogram4() -> DiffusionPipeline:
@@ -518,7 +570,7 @@ def ideogram4() -> DiffusionPipeline:
     settings = dict(in_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2, intermediate_size=32)
     settings |= dict(adaln_dim=16, llm_features_dim=TEXT, mrope_section=(4, 2, 2))
     cond, uncond = (_model(Ideogram4Transformer2DModel, seed, **settings) for seed in (0, 1))
-    return _pipe(_Ideogram4, transformer=cond, unconditional_transformer=uncond, scheduler=_euler())
+    return _pipe(Ideogram4Pipeline, transformer=cond, unconditional_transformer=uncond, scheduler=_euler())
 
 
 def _ideogram4_call(pipe: DiffusionPipeline) -> dict[str, Any]:
@@ -604,9 +656,11 @@ CASES: dict[str, Case] = {
     "wan21-euler": Case(partial(wan, _euler), _wan_call),
     "wan22": Case(wan22, _wan22_call),
     "wan21-i2v": Case(wan_i2v, _wan_i2v_call),
+    "wan22-i2v": Case(wan22_i2v, _wan22_i2v_call),
     "wan22-ti2v": Case(wan_ti2v, _wan_call),
     "wan21-vace": Case(wan_vace, _wan_call),
     "hunyuan-video": Case(hunyuan_video, _hunyuan_video_call),
+    "cosmos3": Case(cosmos3, _cosmos3_call),
     "cogview4": Case(cogview4, _cogview4_call),
     "flux-true-cfg": Case(flux, partial(_flux_call, true_cfg_scale=4.0)),
     "flux": Case(flux, _flux_call),

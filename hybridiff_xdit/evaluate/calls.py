@@ -54,8 +54,8 @@ class Call:
 
     @property
     def latents(self) -> Any:
-        """The first argument: a tensor [B, ...], or a list of B tensors."""
-        return next(iter(self.inputs.values()))
+        """The first argument: a tensor [B, ...], or a list of B tensors. (Cosmos3's first ones are the text.)"""
+        return self.inputs.get("vision_tokens", next(iter(self.inputs.values())))
 
     @property
     def batch(self) -> int:

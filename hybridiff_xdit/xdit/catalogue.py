@@ -13,15 +13,21 @@ _GUIDED_BY_THEMSELVES = (
 )
 #: Distilled models that are told of guidance, and evaluate one stream.
 _TOLD = ("xFuserFluxModel", "xFuserFluxKontextModel", "xFuserFlux2Model", "xFuserHunyuanvideoModel")
-#: Models with loops of their own, under which hybrid-cond has not been tried.
-_UNTRIED = ("causal_wan", "lingbot_video", "minimax_h3")
+#: Models under which hybrid-cond has not been tried, and why not.
+_UNTRIED = {
+    "causal_wan": "no guidance, a cache of keys",
+    "lingbot_video": "needs lingbot_video",  # a package that is on no index
+    "minimax_h3": "no guidance",
+}
 
 #: Those whose exactness on two ranks is tested (tests/test_xdit_models.py). The others go the same way.
 TESTED = {
-    *("xFuserWan21T2VModel", "xFuserWan22T2VModel", "xFuserWan21I2VModel", "xFuserWan22TI2VModel"),
-    *("xFuserWan21VACEModel", "xFuserQwenImageModel", "xFuserQwenImageEditModel", "xFuserHunyuanvideo15Model"),
+    *("xFuserWan21T2VModel", "xFuserWan22T2VModel", "xFuserWan21I2VModel", "xFuserWan22I2VModel"),
+    *("xFuserWan22TI2VModel", "xFuserWan21VACEModel", "xFuserQwenImageModel", "xFuserQwenImageEditModel"),
+    "xFuserHunyuanvideo15Model",
     *("xFuserLumina2Model", "xFuserKrea2RawModel", "xFuserFluxModel", "xFuserFlux2Klein9BModel"),
-    *("xFuserLTX2VideoModel", "xFuserZImageModel", "xFuserStableDiffusionModel"),
+    *("xFuserLTX2VideoModel", "xFuserLTX23VideoModel", "xFuserLTX25FullVideoModel", "xFuserZImageModel"),
+    *("xFuserIdeogram4Model", "xFuserCosmos3NanoModel", "xFuserStableDiffusionModel"),
 }
 
 
@@ -54,9 +60,9 @@ def _row(model: type[xFuserModel], names: list[str]) -> tuple[str, ...]:
     ]
     ours = ["branches" if count > 1 else "SKIPPED steps"]
     where = model.__module__.rsplit(".")[-1]
-    if where != "z_image" or takes_z_images_call():
+    if where != "cosmos3" and (where != "z_image" or takes_z_images_call()):
         ours += split
     if where in _UNTRIED:
-        ours = ["not tried"]
+        ours = [f"not tried: {_UNTRIED[where]}"]
     is_tested = "yes" if model.__name__ in TESTED else ""
     return ", ".join(short), str(count), ", ".join([*split, *more]) or "-", ", ".join(ours), is_tested

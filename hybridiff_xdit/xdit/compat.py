@@ -270,6 +270,13 @@ LEDGER = (
     ),
     Seam(
         _MODELS,
+        "xFuserModel._validate_config",
+        ("config",),
+        "overridden: Cosmos3's tokens are not split",
+        "its attention counts the text's tokens once",
+    ),
+    Seam(
+        _MODELS,
         "xFuserModel.initialize",
         ("input_args",),
         "overridden: it makes the runtime state once more, and splits the VAE's decoder once more",

@@ -112,6 +112,8 @@ def _class(base: type[xFuserModel], hybrid: HybridConfig | None) -> type[xFuserM
     if base.__module__.endswith(".z_image") and not takes_z_images_call():
         fields["source"] = base.settings.model_name
         base = DiffusersModel
+    if base.__module__.endswith(".cosmos3"):
+        added.append(Cosmos3)
     if hybrid is not None:
         added.insert(0, HybridModel)
         defaults = next((GUIDED[cls.__name__] for cls in base.__mro__ if cls.__name__ in GUIDED), {})
@@ -191,6 +193,30 @@ def read_inputs(model: xFuserModel) -> set[str]:
     return {
         name for cls in theirs for name in re.findall(r"input_args(?:\.get\(|\[)[\"'](\w+)", inspect.getsource(cls))
     }
+
+
+class Cosmos3(xFuserModel):
+    """xDiT's Cosmos3, whose denoiser takes no ``return_dict``. diffusers' pipeline gives it one from 0.40 on."""
+
+    def _validate_config(self, config: xFuserArgs) -> None:
+        super()._validate_config(config)
+        if isinstance(self, HybridModel) and config.ulysses_degree * config.ring_degree > 1:
+            raise ValueError(
+                "--parallel hybrid-cond cannot be combined with --ulysses_degree and --ring_degree on Cosmos3: where "
+                "the tokens are split, xDiT's attention counts those of the text once for each part, which makes "
+                "another video. Drop the flag."
+            )
+
+    def _load_model(self) -> DiffusionPipeline:
+        pipe = super()._load_model()
+        wrapper = type(pipe.transformer)
+
+        def forward(self: torch.nn.Module, *, return_dict: bool = False, **inputs: Any) -> tuple[Any, ...]:
+            made = wrapper.forward(self, **inputs)
+            return made if isinstance(made, tuple) else (made.sample, made.sound, made.action)
+
+        pipe.transformer.__class__ = type(wrapper.__name__, (wrapper,), {"forward": forward})
+        return pipe
 
 
 class DiffusersModel(xFuserModel):
@@ -357,7 +383,7 @@ class OnCPU(xFuserModel):
             self.loader.materialize_pipeline = self._in_float32
 
     def _in_float32(self) -> None:
-        for name in ("pipe", "second_pipe", "upsample_pipe"):  # LTX-2 makes a second pass
+        for name in ("pipe", "second_pipe", "upsample_pipe", "decode_pipe"):  # LTX-2's other passes
             if pipe := getattr(self, name, None):
                 pipe.to(dtype=torch.float32)
 
