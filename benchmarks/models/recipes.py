@@ -207,17 +207,17 @@ def _merges(learner: Tokenizer) -> list[str]:
 
 
 def t5_tokenizer(captions: Sequence[str], length: int = TOKENS) -> T5TokenizerFast:
-    """T5's unigram pieces, learned; with no captions the single letters."""
-    pieces = [("\u2581", -2.0), *((letter, -3.0) for letter in string.ascii_lowercase + string.digits)]
+    """T5's pieces, learned; with no captions the single letters. A word is cut into as few pieces as there can be."""
+    letters = ["\u2581", *string.ascii_lowercase, *string.digits]
+    learner = Tokenizer(models.BPE())
+    split = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+    learner.pre_tokenizer = pre_tokenizers.Sequence(split)
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - 3, initial_alphabet=letters, show_progress=False)
+    learner.train_from_iterator(captions, trainer)
+    pieces = sorted(learner.get_vocab().items(), key=lambda item: item[1])
+    scored = [(piece, -10 - rank / len(pieces)) for piece, rank in pieces]  # of equally few, the commoner ones
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    if captions:
-        learner = Tokenizer(models.Unigram())
-        split = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
-        learner.pre_tokenizer = pre_tokenizers.Sequence(split)
-        trainer = trainers.UnigramTrainer(vocab_size=VOCABULARY - 3, unk_token="<unk>", show_progress=False)
-        learner.train_from_iterator(captions, trainer)
-        pieces = [(piece, score) for piece, score in json.loads(learner.to_str())["model"]["vocab"] if piece != "<unk>"]
-    return T5TokenizerFast(vocab=special + pieces, extra_ids=0, model_max_length=length)
+    return T5TokenizerFast(vocab=special + scored, extra_ids=0, model_max_length=length)
 
 
 def qwen_tokenizer(captions: Sequence[str], template: str) -> Qwen2Tokenizer:
@@ -236,7 +236,7 @@ def qwen_tokenizer(captions: Sequence[str], template: str) -> Qwen2Tokenizer:
     words = template.replace("{}", "\n")
     for token in special:
         words = words.replace(token, "\n")
-    learner.train_from_iterator([*captions, *[words] * len(captions)], trainer)
+    learner.train_from_iterator([*captions, *[words] * 1000], trainer)
     tokenizer = Qwen2Tokenizer(vocab=learner.get_vocab(), merges=[tuple(m.split(" ")) for m in _merges(learner)])
     tokenizer.add_tokens([AddedToken(token, special=True) for token in special])
     return tokenizer
@@ -304,6 +304,13 @@ def image_vae(scaling: float, shift: float | None = None) -> AutoencoderKL:
         shift_factor=shift,
         force_upcast=False,
     ).to(memory_format=torch.channels_last)
+
+
+def _channels_last(vae: nn.Module) -> None:
+    """Lay out the 3D convolutions as the GPU's fast kernels want them."""
+    for weight in vae.parameters():
+        if weight.ndim == 5:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last_3d)
 
 
 @torch.no_grad()
@@ -469,7 +476,7 @@ class SDXL(SD15):
         tokenizer = clip_tokenizer(captions)
         return StableDiffusionXLPipeline(
             unet=self.unet(
-                channels=(56, 112, 112),
+                channels=(48, 96, 96),
                 attention_head_dim=(2, 4, 4),
                 transformer_layers_per_block=(1, 1, 2),
                 cross_attention_dim=2 * TEXT_WIDTH,
@@ -573,7 +580,7 @@ class Wan(Recipe):
         )
         _zero(transformer, "proj_out")
         vae = AutoencoderKLWan(  # clips [3, 9, 64, 64] to latents [8, 5, 16, 16]
-            base_dim=20,
+            base_dim=16,
             z_dim=8,
             dim_mult=[1, 2, 2],
             num_res_blocks=1,
@@ -582,7 +589,8 @@ class Wan(Recipe):
             latents_std=[1.0] * 8,
             scale_factor_temporal=2,
             scale_factor_spatial=4,
-        ).to(memory_format=torch.channels_last_3d)
+        )
+        _channels_last(vae)
         scheduler = UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=self.shift
         )
@@ -646,7 +654,8 @@ class Qwen(Recipe):
             temperal_downsample=[False],
             latents_mean=[0.0] * 4,
             latents_std=[1.0] * 4,
-        ).to(memory_format=torch.channels_last_3d)
+        )
+        _channels_last(vae)
         pipe = QwenImagePipeline(
             scheduler=scheduler, vae=vae, text_encoder=None, tokenizer=None, transformer=transformer
         )
