@@ -9,10 +9,9 @@ from pathlib import Path
 
 import nursery
 import pytest
-from test_xdit_runs import torchrun
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-run = partial(nursery.run, BENCHMARKS / "run.py", warm="warm_benchmark")
+run = partial(nursery.run, BENCHMARKS / "run.py")
 STRATEGIES = ["one-gpu", "paper", "cfg, ulysses", "cfg, stages", "adaptive 2.5, pairs"]
 
 
@@ -157,5 +156,5 @@ def test_axes_that_split_a_branch_multiply(tmp_path):
 
 def test_one_process_cannot_be_two(tmp_path):
     flags = ("--scenario", "sdxl-tiny", "--strategy", "cfg", "--out", tmp_path / "times.jsonl")
-    result = torchrun(BENCHMARKS / "run.py", *flags, processes=1, check=False)
+    result = run(*flags, processes=1, check=False)
     assert "One process cannot run 'cfg'" in result.stderr
