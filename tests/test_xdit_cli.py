@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import xdit_tiny
 from nursery import launch, run_module
 
@@ -172,6 +173,7 @@ LARGE = "--model sd3-medium --height 2048 --width 2048 --prompt cat"
 )
 def test_hybrid_cond_alone_takes_the_planners_best(launched, monkeypatch, capsys, flags, gpus, chosen):
     monkeypatch.setattr(cli, "count_gpus", lambda: gpus)
+    monkeypatch.setattr(cli, "_device_name", lambda: "NVIDIA H100 80GB HBM3")
     argv = ["--parallel", "hybrid-cond", *flags.split()]
     assert cli.main(argv) == 0
     assert launched[0][launched[0].index("hybridiff_xdit.xdit.runner") + 1 :] == [*argv, *chosen.split()]
@@ -204,6 +206,15 @@ def test_who_chooses_is_obeyed(launched, monkeypatch, capsys, flags, gpus, proce
     assert nproc(launched[0]) == processes
     assert launched[0][-len(argv) :] == argv
     assert not capsys.readouterr().err
+
+
+def test_an_accelerator_without_figures_is_not_planned_as_an_h100(monkeypatch, capfd):
+    monkeypatch.setattr(cli, "count_gpus", lambda: 8)
+    monkeypatch.setattr(cli.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(cli.torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
+    with pytest.raises(SystemExit):
+        cli.main(["--parallel", "hybrid-cond", *LARGE.split()])
+    assert "no figures of an xpu. Choose a layout yourself (--nproc_per_node 2" in capfd.readouterr().err
 
 
 def test_other_strategies_are_not_planned(launched, monkeypatch):
