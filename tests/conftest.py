@@ -6,8 +6,8 @@ import torch
 from ranks import Ranks
 
 #: The files that take longest. They come first, so that no worker begins one when the others are about to end.
-LONGEST = ("benchmark", "xdit_serve", "seam", "features", "stages", "xdit_sequence", "xdit_models", "past_faults",
-           "xdit_runs", "xdit_patches", "xdit_stages", "xdit_batch", "faults", "models", "simulate")  # fmt: skip
+LONGEST = ("features", "seam", "past_faults", "xdit_models", "benchmark", "xdit_sequence", "stages", "xdit_serve",
+           "faults", "models", "xdit_stages", "xdit_runs", "xdit_patches", "parity", "study", "simulate")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,6 +13,7 @@ After a FULL step the boundary is the one of its cond branch. On a SKIPPED step 
 `Staged` is the same with more stages, whose FULL steps are approximate too.
 """
 
+import copy
 import inspect
 import itertools
 import math
@@ -384,12 +385,11 @@ def finite_differences(scheduler, first):
 
 
 def samples(scheduler, count, bumped=None, **extra):
-    """The denoiser's input after each of the last ``count`` steps of a run of a fresh scheduler; the sample at the end.
+    """The denoiser's input after each of the last ``count`` steps of a run by a copy; the sample at the end.
 
     The predictions are random, but the same in every call; that of step ``bumped``, or of all, is larger by 1.
     """
-    fresh = type(scheduler).from_config(scheduler.config)
-    fresh.set_timesteps(scheduler.num_inference_steps)
+    fresh = copy.deepcopy(scheduler)  # which is at its beginning; set_timesteps may take long
     times = fresh.timesteps[len(fresh.timesteps) - count :]
     if hasattr(fresh, "set_begin_index"):
         fresh.set_begin_index(len(fresh.timesteps) - count)

@@ -19,7 +19,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-HELPERS = Path(__file__).parent
+import nursery
+
 GRACE = 2  # seconds that a process has to end by itself
 
 
@@ -47,11 +48,8 @@ class Ranks:
         self._start()
 
     def _start(self) -> None:
-        # A fork server imports torch and diffusers once; but a process with CUDA cannot be forked.
-        context = multiprocessing.get_context("forkserver" if self.device == "cpu" else "spawn")
-        if self.device == "cpu":
-            os.environ["PYTHONPATH"] = os.pathsep.join([str(HELPERS), str(HELPERS.parent), *sys.path])
-            context.set_forkserver_preload(["warm", "oracle"])
+        # A process with CUDA cannot be forked.
+        context = nursery.warm() if self.device == "cpu" else multiprocessing.get_context("spawn")
         store = tempfile.mktemp(prefix="hybridiff-")
         self._processes, self._pipes = [], []
         for rank in range(self.size):

@@ -395,13 +395,9 @@ def scales(weights):
     return callback
 
 
-@parametrize(
-    weights={
-        "weak on every fifth step": [1.05 if step % 5 == 4 else 5.0 for step in range(28)],
-        "strong in a window": [7.5 if 9 <= step < 19 else 1.05 for step in range(28)],
-    }
-)
-def test_a_guidance_scale_that_changes_costs_no_accuracy(weights):
+def test_a_guidance_scale_that_changes_costs_no_accuracy():
+    """Strong in a window, and weak on every fifth step."""
+    weights = [1.05 if step % 5 == 4 else 7.5 if 9 <= step < 18 else 2.0 for step in range(28)]
     pipe = emoji()
 
     def picture():

@@ -11,8 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import xdit_tiny
-from nursery import run_module
+from nursery import launch, run_module
 
 from hybridiff_xdit import HybridConfig
 from hybridiff_xdit.seam.checkpoints import resolve
@@ -172,6 +173,7 @@ LARGE = "--model sd3-medium --height 2048 --width 2048 --prompt cat"
 )
 def test_hybrid_cond_alone_takes_the_planners_best(launched, monkeypatch, capsys, flags, gpus, chosen):
     monkeypatch.setattr(cli, "count_gpus", lambda: gpus)
+    monkeypatch.setattr(cli, "_device_name", lambda: "NVIDIA H100 80GB HBM3")
     argv = ["--parallel", "hybrid-cond", *flags.split()]
     assert cli.main(argv) == 0
     assert launched[0][launched[0].index("hybridiff_xdit.xdit.runner") + 1 :] == [*argv, *chosen.split()]
@@ -204,6 +206,15 @@ def test_who_chooses_is_obeyed(launched, monkeypatch, capsys, flags, gpus, proce
     assert nproc(launched[0]) == processes
     assert launched[0][-len(argv) :] == argv
     assert not capsys.readouterr().err
+
+
+def test_an_accelerator_without_figures_is_not_planned_as_an_h100(monkeypatch, capfd):
+    monkeypatch.setattr(cli, "count_gpus", lambda: 8)
+    monkeypatch.setattr(cli.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(cli.torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
+    with pytest.raises(SystemExit):
+        cli.main(["--parallel", "hybrid-cond", *LARGE.split()])
+    assert "no figures of an xpu. Choose a layout yourself (--nproc_per_node 2" in capfd.readouterr().err
 
 
 def test_other_strategies_are_not_planned(launched, monkeypatch):
@@ -349,11 +360,20 @@ def test_help(module):
     assert "xdit-hybrid plan --model" in text
 
 
+def launched_for(folder, script, *arguments):
+    """What comes of torchrun's run of a script on two ranks, as the command starts it."""
+    launcher = folder / "launcher.py"
+    launcher.write_text(
+        "import sys\nfrom hybridiff_xdit.xdit import cli\n"
+        "if __name__ == '__main__': sys.exit(cli._run(sys.argv[1:], False))"
+    )
+    return launch([launcher, "--nproc_per_node=2", script, *arguments], check=False)
+
+
 def test_the_command_ends_with_the_status_of_torchrun(tmp_path):
     script = tmp_path / "seven.py"
     script.write_text("exit(7)")
-    launcher = "import sys; from hybridiff_xdit.xdit import cli; sys.exit(cli._run(sys.argv[1:], False))"
-    assert subprocess.run([sys.executable, "-c", launcher, "--nproc_per_node=2", script]).returncode == 7
+    assert launched_for(tmp_path, script).returncode == 7
 
 
 FAILING = """
@@ -379,9 +399,7 @@ processes.rank(main)
 def test_what_ends_every_rank_is_told_once(tmp_path, how, status, last):
     script = tmp_path / "failing.py"
     script.write_text(FAILING)
-    launcher = "import sys; from hybridiff_xdit.xdit import cli; sys.exit(cli._run(sys.argv[1:], False))"
-    command = [sys.executable, "-c", launcher, "--nproc_per_node=2", script, how]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = launched_for(tmp_path, script, how)
     assert result.returncode == status
     *before, line = result.stderr.splitlines()
     assert re.fullmatch(last, line), result.stderr
@@ -394,9 +412,7 @@ def test_a_rank_that_is_killed_is_named(tmp_path):
     script.write_text(
         "import os\nif os.environ['RANK'] == '1':\n    os.kill(os.getpid(), 9)\nimport time; time.sleep(60)"
     )
-    launcher = "import sys; from hybridiff_xdit.xdit import cli; sys.exit(cli._run(sys.argv[1:], False))"
-    command = [sys.executable, "-c", launcher, "--nproc_per_node=2", script]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = launched_for(tmp_path, script)
     assert result.returncode == 128 + 9
     assert re.fullmatch(r"xdit-hybrid: error: rank 1 has ended: Signal 9 \(SIGKILL\).*\n", result.stderr)
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 import xdit_tiny
-from diffusers import DiffusionPipeline
-from nursery import TESTS, run
+from nursery import run_module
 from PIL import Image
 from tqdm import tqdm
 
@@ -30,16 +29,15 @@ def compared(model, out, *flags, processes):
     prompts = out.parent / "prompts.txt"
     prompts.write_text(f"{PROMPTS[1]}\n\n")
     command = ("--model", model, "--prompt", PROMPTS[0], "--prompts", prompts, "--num_inference_steps", STEPS)
-    job = (TESTS / "xdit_module_worker.py", "hybridiff_xdit.xdit.compare", *command, "--out", out, *flags)
-    printed = run(*job, processes=processes).stderr
+    command += ("--out", out, *flags)
+    printed = run_module("hybridiff_xdit.xdit.compare", *command, processes=processes).stderr
     rows = [json.loads(line) for line in (out / "compare.jsonl").read_text().splitlines()]
     return rows, (out / "compare.md").read_text(), printed
 
 
-def pictures(model, config=None):
+def pictures(config=None):
     """The same pictures by plain diffusers, one process playing both ranks: [N, H, W, 3]."""
-    pipe = DiffusionPipeline.from_pretrained(model, **xdit_tiny.ABSENT["sd3"])
-    pipe.set_progress_bar_config(disable=True)
+    pipe = xdit_tiny.pipeline("sd3")
     call = dict(num_inference_steps=STEPS, guidance_scale=7.0, height=32, width=32, output_type="np")
 
     def draw():
@@ -56,7 +54,7 @@ def test_two_ranks(model, tmp_path):
     rows, text, printed = compared(model, tmp_path / "out", *flags, processes=2)
     names = ["plain", "exact", "tolerance 0.5", "speed-up 2.4"]
     assert [(row["strategy"], row["prompt"]) for row in rows] == [(name, text) for name in names for text in PROMPTS]
-    plain, ours = pictures(model), pictures(model, HybridConfig(speedup=2.4))
+    plain, ours = pictures(), pictures(HybridConfig(speedup=2.4))
     for row in rows:
         assert len(row["seconds"]) == 2 and min(row["seconds"]) > 0  # the warm-up is not among them
         assert row["lpips"] is None

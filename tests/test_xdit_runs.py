@@ -9,37 +9,13 @@ import numpy as np
 import pytest
 import torch
 import xdit_tiny
-from nursery import ENV, TESTS, free_port, run, run_module
+from nursery import ENV, TESTS, launch, run, run_module
 from PIL import Image
 
 #: As a user has it, who has said nothing about threads or warnings.
 AS_SHIPPED = {name: value for name, value in ENV.items() if name not in ("OMP_NUM_THREADS", "PYTHONWARNINGS")}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def torchrun(*command, processes=2, nodes=1, cwd=None, check=True):
-    """Run a command in so many processes; ``nodes`` agents start as many of them each, as on so many machines."""
-    flags = [f"--nproc_per_node={processes // nodes}", f"--nnodes={nodes}", f"--master_port={free_port()}"]
-    agents = [
-        subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *flags, f"--node_rank={node}", *map(str, command)],
-            env=ENV,
-            cwd=cwd,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for node in range(nodes)
-    ]
-    try:
-        outputs = [agent.communicate(timeout=240) for agent in agents]
-    finally:
-        for agent in agents:
-            agent.kill()
-    results = [subprocess.CompletedProcess(a.args, a.returncode, *o) for a, o in zip(agents, outputs, strict=True)]
-    assert not check or not any(result.returncode for result in results), results[0].stderr[-4000:]
-    return results[0]
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +27,11 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(models):
-    """What each rank got, by (checkpoint, policy)."""
-    run(TESTS / "xdit_worker.py", models, processes=2)
-    return [torch.load(models / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+def results(tmp_path_factory):
+    """What each rank got, by (pipeline, policy)."""
+    folder = tmp_path_factory.mktemp("results")
+    run(TESTS / "xdit_worker.py", folder, processes=2)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 @torch.no_grad()
@@ -83,13 +60,13 @@ def branch_by_branch(pipe, call):
     return latents
 
 
-def test_sd3_all_full_is_bit_identical(models, results):
-    expected = branch_by_branch(xdit_tiny.load(models / "sd3"), xdit_tiny.CALLS["sd3"])
+def test_sd3_all_full_is_bit_identical(results):
+    expected = branch_by_branch(xdit_tiny.pipeline("sd3"), xdit_tiny.CALLS["sd3"])
     assert torch.equal(results[1]["sd3", "cfg"][0], expected)
 
 
-def test_sdxl_with_prompts_and_images_is_plain_diffusers(models, results):
-    expected = xdit_tiny.load(models / "sdxl")(
+def test_sdxl_with_prompts_and_images_is_plain_diffusers(results):
+    expected = xdit_tiny.pipeline("sdxl")(
         **xdit_tiny.CALLS["sdxl"], **xdit_tiny.COMMON, generator=xdit_tiny.generator()
     ).images
     assert expected.shape[0] == 4
@@ -143,13 +120,12 @@ def test_cli_makes_a_picture_and_a_report_and_says_little(models, tmp_path):
 
 def test_cli_deals_pictures_out(models, tmp_path):
     prompts = ["a cat", "two dogs", "red"]
-    command = [sys.executable, "-m", "hybridiff_xdit.xdit.cli", "--model", str(models / "sdxl"), "--prompt", *prompts]
+    command = ["-m", "hybridiff_xdit.xdit.cli", "--model", models / "sdxl", "--prompt", *prompts]
     command += ["--parallel", "hybrid-cond", "--hybrid_policy", "cfg", "--data_parallel_degree", "2"]
     command += ["--use_parallel_vae", "--num_inference_steps", "6", "--guidance_scale", "5", "--save-timings"]
-    result = subprocess.run(command, env=ENV, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr[-4000:]
+    result = launch(command, cwd=tmp_path)
     size = {"height": 32, "width": 32, "num_inference_steps": 6, "guidance_scale": 5, "output_type": "np"}
-    expected = xdit_tiny.load(models / "sdxl")(prompts, **size, generator=xdit_tiny.generator()).images
+    expected = xdit_tiny.pipeline("sdxl")(prompts, **size, generator=xdit_tiny.generator()).images
     for i, picture in enumerate(expected):
         found = Image.open(tmp_path / f"sdxl_hybrid-cond_u1r1_tc_False_32x32_{i}.png")
         assert abs(np.asarray(found) - 255 * picture).max() < 1  # one 8-bit level
@@ -160,9 +136,8 @@ def test_cli_deals_pictures_out(models, tmp_path):
 
 
 def test_a_wrong_flag_of_xdits_is_told_once(models, tmp_path):
-    command = [sys.executable, "-m", "hybridiff_xdit.xdit.cli", "--model", str(models / "sd3"), "--prompt", "a cat"]
-    command += ["--parallel", "hybrid-cond", "--seed", "first"]
-    result = subprocess.run(command, env=AS_SHIPPED, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    command = ["-m", "hybridiff_xdit.xdit.cli", "--model", models / "sd3", "--prompt", "a cat"]
+    result = launch([*command, "--parallel", "hybrid-cond", "--seed", "first"], cwd=tmp_path, check=False)
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert re.fullmatch(r"xdit-hybrid: error on rank \d: argument --seed: invalid int value: 'first'", line)

@@ -11,11 +11,10 @@ import oracle
 import pytest
 import tiny
 import torch
-import xdit_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-#: Checkpoint, stages, ranks of a sequence group, and xDiT's flags.
+#: Pipeline, stages, ranks of a sequence group, and xDiT's flags.
 LAYOUTS = {
     "ulysses-2 x ring-2, dual attention": (
         *("sd35", 2, 4),
@@ -27,18 +26,13 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def run(request, tmp_path_factory):
-    """(pipeline of the checkpoint, stages, degree of the split, what each rank saved)."""
+    """(pipeline, stages, degree of the split, what each rank saved)."""
     name, stages, degree, flags = LAYOUTS[request.param]
     processes = stages * degree
-    folder = tmp_path_factory.mktemp("models")
-    xdit_tiny.save("sd3", folder)
-    pipe = xdit_tiny.load(folder / "sd3")
-    if name == "sd35":
-        pipe.transformer = tiny.mmdit(dual_attention_layers=(0, 1), qk_norm="rms_norm")
-        pipe.save_pretrained(folder / name)
+    folder = tmp_path_factory.mktemp("sequence")
     nursery.run(nursery.TESTS / "xdit_sequence_worker.py", folder, name, *flags, processes=processes)
     ranks = [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(processes)]
-    return pipe, stages, degree, ranks
+    return tiny.pipeline(name), stages, degree, ranks
 
 
 @pytest.mark.parametrize("case", ["cfg", "reuse", "deferred", "adaptive"])

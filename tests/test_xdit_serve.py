@@ -6,21 +6,17 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import av
 import httpx
 import numpy as np
+import nursery
 import pytest
 import tiny
 import torch
 import xdit_tiny
-from diffusers import DiffusionPipeline
-from nursery import ENV
 from PIL import Image
 from ranks import Ranks
 
@@ -37,12 +33,13 @@ LONG = {"prompt": "a cat", "num_inference_steps": 1000, "tolerance": 1e-9}
 WAIT = 60  # seconds for something that takes one, on a machine that is busy
 
 #: The command, with `xdit_serve_worker` as its processes.
-WITH_FAULTS = """
+WITH_WORKER = """
 import sys
 from hybridiff_xdit.xdit import cli, processes
 start = processes.start
 processes.start = lambda module, args, argv: start("xdit_serve_worker", args, argv)
-sys.exit(cli.main())
+if __name__ == "__main__":
+    sys.exit(cli.main())
 """
 
 
@@ -54,15 +51,17 @@ def model(tmp_path_factory):
 class Server:
     """The command, and a client of it."""
 
-    def __init__(self, model, errors, *command):
+    def __init__(self, model, folder):
+        self.folder, self.output, self.errors = folder, folder / "output", folder / "errors"
+        command = folder / "command.py"
+        command.write_text(WITH_WORKER)
+        self.output.touch(), self.errors.touch()
         flags = ("serve", "--model", model, "--parallel", "hybrid-cond", "--port", "0", "--queue", str(QUEUE))
-        self.errors = errors
-        with errors.open("w") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, *command, *flags], env=ENV, stdout=subprocess.PIPE, stderr=file, text=True
-            )
-        found = re.search(r"on 2 ranks at (http://127\.0\.0\.1:(\d+))$", self.process.stdout.readline())
-        assert found, errors.read_text()[-4000:]
+        self.process = nursery.start(command, *flags, cwd=folder, output=self.output, errors=self.errors)
+        while not (said := self.output.read_text()).endswith("\n") and self.process.is_alive():
+            time.sleep(0.02)
+        found = re.search(r"on 2 ranks at (http://127\.0\.0\.1:(\d+))$", said)
+        assert found, self.errors.read_text()[-4000:]
         self.url, self.port = found[1], int(found[2])
         self.client = httpx.Client(base_url=self.url, timeout=200, limits=httpx.Limits(max_keepalive_connections=0))
 
@@ -94,35 +93,29 @@ class Server:
         return connection
 
     def pid(self, rank):
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        (found,) = (pid for pid in children if f"RANK={rank}".encode() in _environment(pid))
-        return int(found)
+        return int((self.folder / f"pid {rank}").read_text())
 
     def kill(self):
         self.client.close()
         self.process.kill()
-        self.process.wait()
-        self.process.stdout.close()
-
-
-def _environment(pid):
-    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        self.process.join()
 
 
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
-    server = Server(model, tmp_path_factory.mktemp("serve") / "errors", "-c", WITH_FAULTS)
+    server = Server(model, tmp_path_factory.mktemp("serve"))
     yield server
     server.process.terminate()
     try:
-        assert server.process.wait(WAIT) == 128 + signal.SIGTERM
+        server.process.join(WAIT)
+        assert server.process.exitcode == 128 + signal.SIGTERM
     finally:
         server.kill()
 
 
 @pytest.fixture
 def own_server(model, tmp_path):
-    server = Server(model, tmp_path / "errors", "-m", "hybridiff_xdit.xdit.cli")
+    server = Server(model, tmp_path)
     yield server
     server.kill()
 
@@ -144,11 +137,10 @@ def pixels(answer):
         ({"num_inference_steps": 20, "tolerance": 0.5, "height": 24, "width": 40}, HybridConfig(tolerance=0.5)),
     ],
 )
-def test_the_picture_is_that_of_one_process(server, model, changes, config):
+def test_the_picture_is_that_of_one_process(server, changes, config):
     asked = {"height": 32, "width": 32, **CAT, **changes}
     answer = server.generate(asked)
-    pipe = DiffusionPipeline.from_pretrained(model, **xdit_tiny.ABSENT["sd3"])
-    pipe.set_progress_bar_config(disable=True)
+    pipe = xdit_tiny.pipeline("sd3")
     call = {name: value for name, value in asked.items() if name not in ("seed", "speedup", "tolerance")}
     with hybrid(pipe, config, simulate=True):
         expected = pipe(**call, generator=torch.Generator().manual_seed(asked["seed"])).images[0]
@@ -174,18 +166,18 @@ MIXED = [
 ]
 
 
-def test_a_hundred_requests_from_eight_clients(server):
+def test_many_requests_from_eight_clients(server):
     alone = [server.generate(asked) for asked in MIXED]
     assert len({answer.content for answer in alone}) == len(MIXED), "these requests are told apart by their pictures"
     made, full = server.metric("seconds_count"), server.metric('steps_total{kind="FULL"}')
-    order = [(7 * place) % len(MIXED) for place in range(100)]
+    order = [(7 * place) % len(MIXED) for place in range(4 * len(MIXED))]
     with ThreadPoolExecutor(8) as clients:
         answers = list(clients.map(lambda number: server.generate(MIXED[number]), order))
     for number, answer in zip(order, answers, strict=True):
         assert answer.status_code == 200, answer.text
         assert answer.content == alone[number].content
         assert answer.headers["x-hybrid-plan"] == alone[number].headers["x-hybrid-plan"]
-    assert server.metric("seconds_count") == made + 100
+    assert server.metric("seconds_count") == made + len(order)
     counted = sum(answer.headers["x-hybrid-plan"].count("F") for answer in answers)
     assert server.metric('steps_total{kind="FULL"}') == full + counted
 
@@ -320,9 +312,9 @@ def test_a_full_queue_and_clients_that_leave_it(server):
 
 def ended(server):
     """The exit status of a server that ends by itself, and what it said after it was ready."""
-    status = server.process.wait(WAIT)
-    assert server.process.stdout.read() == ""
-    return status, server.errors.read_text().splitlines()[-1]
+    server.process.join(WAIT)
+    assert len(server.output.read_text().splitlines()) == 1
+    return server.process.exitcode, server.errors.read_text().splitlines()[-1]
 
 
 def test_a_rank_that_is_killed_while_idle(own_server):

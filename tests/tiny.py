@@ -48,9 +48,9 @@ def mmdit(**changes: object) -> SD3Transformer2DModel:
     return SD3Transformer2DModel(**{**settings, **changes}).eval()
 
 
-def sd3(layers: int = 4) -> StableDiffusion3Pipeline:
+def sd3(**changes: object) -> StableDiffusion3Pipeline:
     return StableDiffusion3Pipeline(
-        transformer=mmdit(num_layers=layers),
+        transformer=mmdit(**changes),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae(16),
         text_encoder=None,
@@ -121,8 +121,10 @@ def sd15() -> StableDiffusionPipeline:
 
 
 PIPELINES = {"sd3": sd3, "sdxl": sdxl, "sd15": sd15}
-#: Deep enough for eight stages.
-DEEP = {"deep sd3": partial(sd3, layers=8)}
+VARIANTS = {
+    "deep sd3": partial(sd3, num_layers=8),  # enough for eight stages
+    "sd35": partial(sd3, dual_attention_layers=(0, 1), qk_norm="rms_norm"),
+}
 
 
 def pipeline(name: str, device: str = "cpu") -> DiffusionPipeline:
@@ -132,7 +134,7 @@ def pipeline(name: str, device: str = "cpu") -> DiffusionPipeline:
 
 @cache
 def _pipeline(name: str, device: str) -> DiffusionPipeline:
-    pipe = {**PIPELINES, **DEEP}[name]().to(device)
+    pipe = {**PIPELINES, **VARIANTS}[name]().to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

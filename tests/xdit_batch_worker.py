@@ -25,7 +25,7 @@ CASES = {
     "three": {"prompt": ["a cat", "two dogs", "red"], "negative_prompt": ["ugly", "grey", "dull"]},
     "images": {"prompt": ["a cat", "two dogs"], "negative_prompt": "ugly", "num_images_per_prompt": 3},
 }
-COMMON = {**xdit_tiny.COMMON, "num_inference_steps": 6, "guidance_scale": 5.0}
+COMMON = {**xdit_tiny.COMMON, "num_inference_steps": 2, "guidance_scale": 5.0}
 
 
 def main(folder: Path, flags: list[str]) -> None:
@@ -34,10 +34,10 @@ def main(folder: Path, flags: list[str]) -> None:
     for name in ("sd3", "sdxl"):
         if name == "sdxl" and "--ulysses_degree" in flags:
             continue
-        given = ["--model", str(folder / name), "--prompt", "", "--use_cfg_parallel", *flags]
+        given = ["--model", name, "--prompt", "", "--use_cfg_parallel", *flags]
         engine_config, _ = xFuserArgs.from_cli_args(build_parser().parse_args(given)).create_config()
         config = HybridConfig(policy="cfg", report=folder / f"report-{name}")
-        pipe = apply_on_groups(xdit_tiny.load(folder / name), config, engine_config)
+        pipe = apply_on_groups(xdit_tiny.pipeline(name), config, engine_config)
         if is_split := "--use_parallel_vae" in flags:
             parallelize_decoder(pipe.vae, get_vae_parallel_group().device_group)
         for case, call in CASES.items():

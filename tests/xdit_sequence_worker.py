@@ -1,4 +1,4 @@
-"""One rank of SD3 with its tokens split: ``torchrun xdit_sequence_worker.py FOLDER CHECKPOINT [flags of xDiT]``.
+"""One rank of SD3 with its tokens split: ``xdit_sequence_worker.py FOLDER PIPELINE [flags of xDiT]``.
 
 Saves what each case gives, or the error that it raises, by its name.
 """
@@ -10,7 +10,6 @@ from pathlib import Path
 import tiny
 import torch
 import torch.distributed as dist
-import xdit_tiny
 from ranks import waiting_at_once
 
 from hybridiff_xdit import HybridConfig, last_report, remove_hybrid
@@ -30,34 +29,35 @@ CASES = {
 
 
 def main(folder: Path, name: str, flags: list[str]) -> None:
-    flags = ["--model", str(folder / name), "--prompt", "", "--use_cfg_parallel", *flags]
+    flags = ["--model", name, "--prompt", "", "--use_cfg_parallel", *flags]
     engine_config, _ = xFuserArgs.from_cli_args(build_parser().parse_args(flags)).create_config()
     stages = 2 * engine_config.parallel_config.pp_degree
-    results, pipes = {}, {}
+    results, pipe = {}, tiny.pipeline(name)
 
-    def load(config: HybridConfig):
-        return apply_on_groups(xdit_tiny.load(folder / name), replace(config, stages=stages), engine_config)
-
-    def latents(pipe, **kwargs):
+    def latents(**kwargs):
         return tiny.call(pipe, "sd3", **kwargs)
 
-    for case, config in CASES.items():
-        pipe = pipes[case] = load(config)
-        latents(pipe, seed=3)  # the second call must not see the first
-        results[case] = latents(pipe), last_report(pipe)
-    with waiting_at_once():
-        results["waiting"] = latents(pipes["reuse"])
+    def apply(case: str) -> None:
+        apply_on_groups(pipe, replace(CASES[case], stages=stages), engine_config)
+
+    for case in CASES:
+        apply(case)
+        latents(seed=3)  # the second call must not see the first
+        results[case] = latents(), last_report(pipe)
+        if case == "reuse":
+            with waiting_at_once():
+                results["waiting"] = latents()
     processors = lambda: {type(p).__name__ for p in pipe.transformer.attn_processors.values()}  # noqa: E731
-    call = {**xdit_tiny.CALLS["sd3"], **xdit_tiny.COMMON, "generator": xdit_tiny.generator()}
-    made = share_of_call(pipe, call)
+    made = share_of_call(pipe, {**tiny.prompt("sd3"), "height": 32, "width": 32, "generator": torch.Generator()})
     results["group"] = dist.get_process_group_ranks(stage_group(stages, get_sp_group().world_size))
     results["xdit's"] = get_cfg_group().ranks, get_pp_group().ranks, bool(made)
     results["processors"] = [processors(), remove_hybrid(pipe) and processors()]
-    results["plain"] = latents(pipe)
+    results["plain"] = latents()
+    apply("deferred")
 
     def fails(**kwargs) -> str:
         try:
-            latents(pipes["deferred"], **kwargs)
+            latents(**kwargs)
         except (RuntimeError, ValueError) as error:
             return str(error)
         return "no error"

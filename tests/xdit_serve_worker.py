@@ -1,7 +1,9 @@
-"""One rank of a server whose second rank fails on the prompts ``fail in a step`` and ``fail at the end``."""
+"""One rank of a server, which says its id; the second one fails on ``fail in a step`` and ``fail at the end``."""
 
+import os
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -33,6 +35,7 @@ def fault(pipe, prompt):
 
 
 def main():
+    Path(f"pid {os.environ['RANK']}").write_text(str(os.getpid()))
     run = HybridRunner.run
 
     def run_with_faults(runner, input_args):

@@ -2,7 +2,9 @@
 
 import json
 import string
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import tiny
 import torch
@@ -10,19 +12,28 @@ from diffusers import DiffusionPipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
-def save(name: str, folder: Path) -> Path:
-    """Write the checkpoint ``sd3`` or ``sdxl`` to ``folder``."""
-    pipe = tiny.PIPELINES[name]()
-    tokenizer = _tokenizer(folder / "words")
+@cache
+def pipeline(name: str) -> DiffusionPipeline:
+    """`tiny.pipeline`'s denoiser, scheduler and VAE, with text encoders, one for the whole process."""
+    pipe = tiny.pipeline(name)
+    tokenizer = _tokenizer()
     torch.manual_seed(1)
-    first = CLIPTextModelWithProjection if name == "sd3" else CLIPTextModel
-    pipe.register_modules(
-        text_encoder=first(_text_config(tokenizer, 10)).eval(),
-        text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer, 10 if name == "sd3" else 20)).eval(),
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-    )
-    pipe.save_pretrained(folder / name)
+    first = CLIPTextModelWithProjection if "sd3" in name else CLIPTextModel
+    texts = {
+        "text_encoder": first(_text_config(tokenizer, 10)).eval(),
+        "text_encoder_2": CLIPTextModelWithProjection(_text_config(tokenizer, 10 if "sd3" in name else 20)).eval(),
+        "tokenizer": tokenizer,
+        "tokenizer_2": tokenizer,
+    }
+    settings = {} if "sd3" in name else {"add_watermarker": False}
+    made = type(pipe)(**{**pipe.components, **texts}, **settings)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def save(name: str, folder: Path) -> Path:
+    """Write the checkpoint to ``folder``."""
+    pipeline(name).save_pretrained(folder / name)
     return folder / name
 
 
@@ -40,13 +51,14 @@ def _text_config(tokenizer: CLIPTokenizer, projection: int) -> CLIPTextConfig:
     )
 
 
-def _tokenizer(folder: Path) -> CLIPTokenizer:
-    folder.mkdir(parents=True, exist_ok=True)
+def _tokenizer() -> CLIPTokenizer:
     letters = list(string.ascii_lowercase)
     words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+        (folder / "merges.txt").write_text("#version: 0.2\n")
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
 
 
 #: What the tests call the pipelines with, by checkpoint.

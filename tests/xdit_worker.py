@@ -23,9 +23,9 @@ CONFIGS = {
 def main(folder: Path) -> None:
     results = {}
     for name in ("sd3", "sdxl"):
-        engine_config, _ = xFuserArgs(model=str(folder / name), use_cfg_parallel=True).create_config()
+        engine_config, _ = xFuserArgs(model=name, use_cfg_parallel=True).create_config()
         for policy, config in CONFIGS.items():
-            pipe = apply_on_groups(xdit_tiny.load(folder / name), config, engine_config, model=name)
+            pipe = apply_on_groups(xdit_tiny.pipeline(name), config, engine_config, model=name)
             call = {**xdit_tiny.CALLS[name], **xdit_tiny.COMMON}
             for _ in range(2):  # the second call must not see the first
                 made = share_of_call(pipe, {**call, "generator": xdit_tiny.generator()})

@@ -276,12 +276,12 @@ def _tokens(anatomy: Any, partition: Partition, size: int) -> dict[str, int]:
 
 
 def speed_of(kind: str, device: str) -> tuple[Speed, str]:
-    """The stored figures for a GPU by its name, and whose they are; without a name they are the H100's.
+    """The stored figures for a GPU by its name, and whose they are.
 
     Raises:
         ValueError: there are none of this GPU. Another one's would choose layouts that are not its fastest.
     """
-    name = next((name for name in SPEEDS if name in (device or "H100")), None)
+    name = next((name for name in SPEEDS if name in device), None)
     if name is None:
         raise ValueError(
             f"the planner has no figures of an {device}. Choose a layout yourself (--nproc_per_node 2, "

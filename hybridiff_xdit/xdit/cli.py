@@ -116,7 +116,7 @@ def plan(argv: list[str]) -> int:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             speed, source = planner.calibrate(checkpoint, height, width, device), f"measured on this {device.type}"
         else:
-            speed, source = planner.speed_of(cost.kind, args.device or _device_name())
+            speed, source = planner.speed_of(cost.kind, args.device or _device_name() or "H100")
     except ValueError as error:
         _refuse("xdit-hybrid plan", error)
     machine = planner.Machine(
@@ -192,8 +192,9 @@ def _bandwidth(text: str) -> float:
 
 
 def _device_name() -> str:
+    """Name of this machine's GPU; of another accelerator the kind; without one empty."""
     if not torch.cuda.is_available():
-        return ""
+        return str(torch.accelerator.current_accelerator() or "")
     # Asked in another process: this one stays while the ranks run, and must not hold memory on their GPU.
     question = [sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())"]
     return subprocess.run(question, capture_output=True, text=True, check=True).stdout.strip()
