@@ -8,7 +8,8 @@ So embeddings, controls, masks and the last projection stay the model's own code
 What the boundary is, is found by a run in which each tensor remembers of which blocks' outputs it was made. An argument
 of block k that was made of what blocks before it returned is part of the boundary there. What later blocks read of
 blocks before k by another way (the hints of a VACE, the long skips of a HunyuanDiT) has to be evaluated again. If a
-way were overlooked, nan would come out at the end, and `Anatomy.differs` finds it before any step is split.
+way were overlooked, nan would come out at the end. Before any step is split, `Anatomy.differs` looks for that, and for
+what blocks hand one another by a state of their own.
 """
 
 from __future__ import annotations
@@ -262,7 +263,7 @@ def _other_blocks(denoiser: nn.Module) -> RuntimeError:
 
 
 class _Made(TorchDispatchMode):
-    """Meanwhile it is noted of which blocks' outputs tensors are made: by their memory, since they are written to too."""
+    """Meanwhile it is noted of which blocks' outputs tensors are made, by their memory: they are written to as well."""
 
     def __init__(self) -> None:
         super().__init__()

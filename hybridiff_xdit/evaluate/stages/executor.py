@@ -227,7 +227,8 @@ class Executor:
         """Whether, on any rank, the segments give something else than the whole; tried once on all ranks alike."""
         key = call.kind, partition
         if key not in self._tried:
-            mine = torch.tensor([self.anatomy.differs(call, partition.segments)], device=self._device).int()
+            differs = self.anatomy.differs(call, partition.segments)
+            mine = torch.tensor([differs], device=self._device, dtype=torch.int32)
             found = self.comm.all_gather(mine)
             if self.sequence is not None:
                 found = self.sequence.all_gather(torch.cat(found))
