@@ -83,8 +83,8 @@ class More(_Cut, Staged):
 
 
 @contextmanager
-def inside(pipe, *, plan, rule, cuts, cond, w, is_batched):
-    """Let a plain pipeline's own loop call the oracle in place of its denoiser.
+def inside(denoiser, scheduler, *, plan, rule, cuts, cond, w=0.0, is_batched=False):
+    """Let a plain pipeline's own loop call the oracle in place of a denoiser.
 
     Args:
         cuts: names of the blocks that end the stages but the last.
@@ -92,7 +92,6 @@ def inside(pipe, *, plan, rule, cuts, cond, w, is_batched):
         w: guidance scale, for ``deferred``.
         is_batched: whether a step is one batch of both streams, not two calls.
     """
-    denoiser, scheduler = pipe.transformer, pipe.scheduler
     original = denoiser.forward
     signature, state = inspect.signature(original), {"calls": 0, "first": [], "answers": None}
     kind = Two if len(cuts) == 1 else More

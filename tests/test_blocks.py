@@ -97,7 +97,8 @@ def expected(name, stages, plan, rule):
     case = CASES[name]
     is_batched = case.zoo is zoo_batched
     settings = dict(cuts=case.cuts[stages], cond=case.cond, w=case.w, is_batched=is_batched)
-    with cut_oracle.inside(pipeline(name), plan=plan, rule=rule, **settings):
+    pipe = pipeline(name)
+    with cut_oracle.inside(pipe.transformer, pipe.scheduler, plan=plan, rule=rule, **settings):
         return call(name, len(plan))
 
 
@@ -147,6 +148,21 @@ def test_the_estimates_and_the_straight_line_of_boundaries(pair, name):
 @pytest.mark.parametrize("name", CASES)
 def test_four_stages_are_the_oracle(four, name):
     check(name, 4, DEEP_PLAN, "reuse", four)
+
+
+def test_a_run_over_two_denoisers():
+    """Wan 2.2 has another from the fifth step on: all begins anew with it."""
+    pipe = zoo_successive.CASES["wan22"].build()
+    apply_hybrid(pipe, HybridConfig(plan="FFPPPFPF", guidance="reuse"), simulate=True)
+    found = zoo_successive.call(pipe, "wan22")
+    assert last_report(pipe)["plan"] == "FFPPFFPF"
+    remove_hybrid(pipe)
+    how = dict(rule="reuse", cuts=["blocks.0"], cond=0)
+    high = cut_oracle.inside(pipe.transformer, pipe.scheduler, plan="FFPP", **how)
+    low = cut_oracle.inside(pipe.transformer_2, pipe.scheduler, plan="FFPF", **how)
+    with high as first, low as second:
+        wanted = zoo_successive.call(pipe, "wan22")
+    assert (first.steps, second.steps) == (4, 4) and difference(found, wanted) < TOLERANCE
 
 
 # The published policy.

@@ -251,7 +251,8 @@ class Executor:
     ) -> Activation:
         """As `Anatomy.evaluate`, by graph where that can be."""
         assert self._partition is not None
-        before = before and before._replace(boundary=())  # it is among the arguments
+        # Its boundary is among the arguments, and blocks have left no more.
+        before = before._replace(boundary=()) if before and before.conditioning else None
         is_last = segment is self._partition.segments[-1]
 
         def piece(inputs: Inputs, before: Activation | None, boundary: Boundary | None) -> Activation:
