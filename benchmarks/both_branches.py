@@ -58,7 +58,8 @@ def both_branches(pipe: Any, warm_up: int, comm: Comm, is_timed: bool = False) -
             executor.now = float(step)
             graphs.look()
             pred, boundaries = graphs(executor.name, partial(executor.watch, call), inputs)
-            executor.keep(1, boundaries)
+            executor.keep(boundaries)
+            executor.is_ready = True
         else:
             (pred,) = executor.pipelined(both, "cond", float(step), hand_over=True, extrapolate=False)
         step += 1

@@ -74,7 +74,7 @@ class Streams:
         """This rank's share of a step's calls.
 
         Args:
-            watch: told of each stream's forward, and its number; see `stages.executor.Executor`.
+            watch: told of cond's forward; see `stages.executor.Executor`.
         """
         for denoiser in {id(one.call.denoiser): one.call.denoiser for one in asked}.values():
             self.graphs(denoiser).look()
@@ -94,11 +94,11 @@ class Streams:
 
     def _forward(self, call: Call, watch: Any, number: int) -> Any:
         graphs = self.graphs(call.denoiser)
-        if watch is None:
-            return graphs("forward", lambda inputs: call.evaluate(**inputs), call.inputs)
-        output, seen = graphs(watch.name, partial(watch.watch, call), call.inputs)
-        watch.keep(number, seen)
-        return output
+        if watch is not None and number == watch.cond:
+            output, seen = graphs(watch.name, partial(watch.watch, call), call.inputs)
+            watch.keep(seen)
+            return output
+        return graphs("forward", lambda inputs: call.evaluate(**inputs), call.inputs)
 
     # The exchange.
 

@@ -213,15 +213,14 @@ class Run:
         if self._fits(kind, pattern):
             return kind
         if self._is_estimable(pattern):
-            name = type(self.now.calls[0].denoiser).__name__
             why = self._whole or (
-                f"this pipeline asks for {pattern.count} stream(s) in {len(pattern.slots)} call(s) a step"
-                if not self._is_pair(pattern)
-                else "its calls are known, and its layers split, from the second step on"
+                "its calls are known, and its layers split, from the second step on"
+                if self._is_pair(pattern)
+                else f"this pipeline asks for {pattern.count} stream(s) in {len(pattern.slots)} call(s) a step, not for "
+                "uncond and cond of one denoiser that may be evaluated apart"
             )
             self.setting.warn(
-                f"hybrid-cond: a step that would be PIPELINED is FULL, since {why}. It needs two streams, uncond and "
-                f"cond, which may be evaluated apart, of a {name} whose layers can be split. Use --hybrid_kinds FS."
+                f"hybrid-cond: steps that would be PIPELINED are FULL, since {why}. Use --hybrid_kinds FS."
             )
         return FULL
 
@@ -331,6 +330,7 @@ class Run:
         self._kind_now = FULL
         self._attention = attention_of(call.denoiser)
         self._release_executor()
+        self._whole = ""
         streams = self.setting.streams
         earlier = next((pattern for pattern in self.setting.earlier if pattern.slots[0].kind == call.kind), None)
         if earlier is not None and streams.comm.size > 1:
@@ -442,7 +442,7 @@ class Run:
             owner: rank that evaluates cond on FULL steps.
             cond: number of its stream.
         """
-        executor, self._executor, self._whole = self.setting.executor, None, ""
+        executor = self.setting.executor
         if executor is None or not (self.engine.policy.may_pipeline or executor.stages > 2):
             return
         denoiser = branches["cond"].denoiser
@@ -467,6 +467,8 @@ class Run:
         if not self._whole:
             self._executor, self._branches = executor, branches
             executor.now = self.time(self.step)
+        elif executor.stages > 2:
+            self.setting.warn(f"hybrid-cond: the layers of a {name} are not split, since {self._whole}.")
 
     def _prepare_later(self, pattern: Pattern, calls: list[Call]) -> None:
         """The same at the end of the step from which the streams are known, where the batch did not tell it before."""
@@ -557,6 +559,8 @@ class Run:
             self.engine.cost(self._kind_now, count, pattern.load(self.setting.streams.ranks) if pattern else 1)
             first_cond = 0 if len(now.calls) > 1 else count - 1
             self.engine.end_step(output, sample, is_estimable, first_cond)
+        if self._executor is not None and self._kind_now is FULL:
+            self._executor.is_ready = True
         if pattern is not None and is_new and is_estimable and self.step < self.num_steps:
             self._prepare_later(pattern, now.calls)
         return self.step == self.num_steps

@@ -77,7 +77,7 @@ class Executor:
         self._device = torch.device("cpu")
         self.cond = 1  # number of that stream
         self._owner = 1  # rank that evaluates it on FULL steps
-        self.is_ready = False  # whether a FULL step has left what a PIPELINED one reads
+        self.is_ready = False  # whether a FULL step has been since, which leaves what a PIPELINED one reads
         self._partition: Partition | None = None
         self._shapes: dict[Branch, Sequence[tuple[Shape, ...]]] = {}  # after each unit
         # The last two boundaries that are at home on this rank, by who reads them.
@@ -154,11 +154,10 @@ class Executor:
         starts = [] if self._partition is None or self.stages > 2 else [self._partition.segments[-1].start]
         return self.anatomy.watch(replace(call, inputs=inputs), starts)
 
-    def keep(self, stream: int, boundaries: list[Boundary]) -> None:
-        """Keep what a stream's forward at time `now` left."""
-        self.is_ready = True
-        if stream == self.cond and boundaries:
-            self._learn("cond", Known(self.now, boundaries[0]))
+    def keep(self, boundaries: list[Boundary]) -> None:
+        """Keep what cond's forward at time `now` left."""
+        for boundary in boundaries:
+            self._learn("cond", Known(self.now, boundary))
 
     def pipelined(
         self, branches: Mapping[Branch, Call], stage0_branch: Branch, time: float, *, hand_over: bool, extrapolate: bool

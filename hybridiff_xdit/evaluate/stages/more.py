@@ -79,9 +79,6 @@ class More(Executor):
         self._full_steps = 0
         self._headers: Gathering | None = None  # of the last FULL step: they are not waited for there
 
-    def keep(self, stream: int, boundaries: list[Boundary]) -> None:
-        """A stream was evaluated whole: that leaves nothing here."""
-
     def count_whole(self) -> None:
         """The run's first FULL step was evaluated whole: it read nothing old, and was one of those that may not."""
         self._full_steps = 1
