@@ -140,9 +140,10 @@ def test_the_published_rule(name):
     check(name, 2, PLAN.replace("S", "F"), "mixed")
 
 
+@pytest.mark.parametrize(("stages", "plan"), [(2, PLAN), (4, DEEP_PLAN)])
 @pytest.mark.parametrize("name", ["flux", "sd3"])
-def test_the_estimates_and_the_straight_line_of_boundaries(pair, name):
-    check(name, 2, PLAN, "deferred", pair)
+def test_the_estimates_and_the_straight_line_of_boundaries(name, stages, plan):
+    check(name, stages, plan, "deferred")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -216,8 +216,8 @@ class Run:
             why = self._whole or (
                 "its calls are known, and its layers split, from the second step on"
                 if self._is_pair(pattern)
-                else f"this pipeline asks for {pattern.count} stream(s) in {len(pattern.slots)} call(s) a step, not for "
-                "uncond and cond of one denoiser that may be evaluated apart"
+                else f"this pipeline asks for {pattern.count} stream(s) in {len(pattern.slots)} call(s) a step, not "
+                "for uncond and cond of one denoiser that may be evaluated apart"
             )
             self.setting.warn(
                 f"hybrid-cond: steps that would be PIPELINED are FULL, since {why}. Use --hybrid_kinds FS."
