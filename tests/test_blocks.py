@@ -12,6 +12,7 @@ from typing import NamedTuple
 import cut_oracle
 import pytest
 import torch
+import torch.distributed as dist
 import zoo_batched
 import zoo_successive
 from ranks import Ranks
@@ -79,9 +80,9 @@ def pipeline(name):
     return pipe
 
 
-def call(name, steps):
+def call(name, steps, **changes):
     case = CASES[name]
-    return case.zoo.call(pipeline(name), case.name, num_inference_steps=steps, **case.changes)
+    return case.zoo.call(pipeline(name), case.name, num_inference_steps=steps, **{**case.changes, **changes})
 
 
 def hybrid(name, fields, **how):
@@ -164,6 +165,43 @@ def test_a_run_over_two_denoisers():
     with high as first, low as second:
         wanted = zoo_successive.call(pipe, "wan22")
     assert (first.steps, second.steps) == (4, 4) and difference(found, wanted) < TOLERANCE
+
+
+def leaving(stages, who, after):
+    """(error of a call in which one rank's callback raises, latents of a call after it, of one before it)."""
+    plan = DEEP_PLAN if stages == 4 else PLAN
+
+    def callback(pipe, step, timestep, tensors):
+        if step == after and dist.get_rank() == who:
+            raise InterruptedError("by the user")
+        return {}
+
+    pipe = apply_hybrid(pipeline("wan"), HybridConfig(plan=plan, guidance="reuse", stages=stages))
+    try:
+        before, found = call("wan", len(plan)), "none"
+        try:
+            call("wan", len(plan), callback_on_step_end=callback)
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+        return found, call("wan", len(plan)), before
+    finally:
+        remove_hybrid(pipe)
+
+
+@pytest.mark.parametrize(("who", "after"), [(0, 0), (1, 2), (0, 5)])
+def test_a_rank_that_leaves_ends_a_run_of_two_calls_a_step(pair, who, after):
+    has_left(pair.run(leaving, 2, who, after), who)
+
+
+@pytest.mark.parametrize(("who", "after"), [(0, 0), (3, 6)])
+def test_a_rank_that_leaves_ends_it_with_four_stages(four, who, after):
+    has_left(four.run(leaving, 4, who, after), who)
+
+
+def has_left(outcomes, who):
+    for rank, (error, after, before) in enumerate(outcomes):
+        assert error == "InterruptedError: by the user" if rank == who else f"rank {who} left the run" in error
+        assert difference(after, before) < TOLERANCE  # the call before it had to learn the calls of a step
 
 
 # The published policy.
