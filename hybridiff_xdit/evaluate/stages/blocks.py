@@ -72,7 +72,9 @@ class Blocks(Anatomy):
 
     def __init__(self, denoiser: nn.Module) -> None:
         super().__init__(denoiser)
-        self.modules = dict(_blocks_of(denoiser))  # by qualified name
+        lists = [(name, child) for name, child in denoiser.named_children() if isinstance(child, nn.ModuleList)]
+        found = {block: f"{name}.{number}" for name, child in lists for number, block in child.named_children()}
+        self.modules = {name: block for block, name in found.items()}
         is_sd3 = any(cls.__name__ == "SD3Transformer2DModel" for cls in type(denoiser).__mro__)
         self.family = "mmdit" if is_sd3 else "blocks"
 
@@ -225,13 +227,6 @@ class Blocks(Anatomy):
         boundaries = [[read for read in found if read.makers - kept] for found, kept in zip(reads, again, strict=True)]
         shapes = [*(tuple(read.shape for read in found) for found in boundaries[1:]), tuple(structure.shapes)]
         return Traced(counts, shapes, structure, again, names, boundaries, outputs)
-
-
-def _blocks_of(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, child in denoiser.named_children():
-        if isinstance(child, nn.ModuleList):
-            for number, block in child.named_children():
-                yield f"{name}.{number}", block
 
 
 def _again(start: int, reads: Sequence[list[_Read]]) -> frozenset[int]:
