@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
@@ -40,7 +40,8 @@ class Activation(NamedTuple):
     skips: tuple[torch.Tensor, ...] = ()
 
 
-class Counted(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Counted:
     """What is found of a denoiser that is called with arguments of some kind.
 
     Attributes:
@@ -53,7 +54,7 @@ class Counted(NamedTuple):
     flops: Sequence[int]
     shapes: Sequence[tuple[Shape, ...]]
     structure: Structure
-    again: Sequence[frozenset[int]] | None = None
+    again: Sequence[frozenset[int]]
 
 
 class _Found(NamedTuple):
@@ -82,7 +83,7 @@ class Anatomy(ABC):
         self._found = _FOUND.setdefault(denoiser, _Found({}, {}, {}))
 
     @abstractmethod
-    def _count(self, call: Call) -> Any: ...  # what `Counted` has, and what an anatomy needs besides
+    def _count(self, call: Call) -> Counted: ...
 
     @abstractmethod
     def _regions(self, counted: Any) -> Iterator[Region]:

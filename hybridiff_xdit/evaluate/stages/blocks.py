@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from threading import get_ident
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...trees import tensors_of
 from ..calls import Call, Structure
-from .anatomy import Activation, Anatomy, Boundary, Tally, eagerly
+from .anatomy import Activation, Anatomy, Boundary, Counted, Tally, eagerly
 from .cuts import Region, Segment, Shape
 
 Makers = frozenset[int]
@@ -46,20 +46,16 @@ class _Read(NamedTuple):
     makers: Makers
 
 
-class Traced(NamedTuple):
-    """`Counted`, and what else was found in a run.
+@dataclass(frozen=True, kw_only=True)
+class Traced(Counted):
+    """What else is found of blocks.
 
     Attributes:
         names: of the blocks, in the order of their calls.
-        reads: by block.
         boundaries: by block, what a stage that begins there is handed.
         outputs: by block, the leaves of what it returned, (shape, dtype) for tensors, and their structure.
     """
 
-    flops: Sequence[int]
-    shapes: Sequence[tuple[Shape, ...]]
-    structure: Structure
-    again: Sequence[frozenset[int]]
     names: list[str]
     boundaries: list[list[_Read]]
     outputs: list[tuple[list[Any], Any]]
@@ -189,7 +185,7 @@ class Blocks(Anatomy):
 
     # What is found by a run.
 
-    def _count(self, call: Call) -> Any:
+    def _count(self, call: Call) -> Traced:
         tally = Tally()
         try:
             with tally.faking(self.denoiser, call.inputs) as inputs:
@@ -226,7 +222,15 @@ class Blocks(Anatomy):
         again = [_again(start, [*reads, last]) for start in range(len(names))]
         boundaries = [[read for read in found if read.makers - kept] for found, kept in zip(reads, again, strict=True)]
         shapes = [*(tuple(read.shape for read in found) for found in boundaries[1:]), tuple(structure.shapes)]
-        return Traced(counts, shapes, structure, again, names, boundaries, outputs)
+        return Traced(
+            flops=counts,
+            shapes=shapes,
+            structure=structure,
+            again=again,
+            names=names,
+            boundaries=boundaries,
+            outputs=outputs,
+        )
 
 
 def _again(start: int, reads: Sequence[list[_Read]]) -> frozenset[int]:

@@ -91,7 +91,7 @@ def best_nest(
     flops: Sequence[int],
     seconds: Sequence[float] | None,
     shapes: Sequence[tuple[Shape, ...]],
-    again: Sequence[frozenset[int]] | None = None,
+    again: Sequence[frozenset[int]],
 ) -> tuple[Region, ...]:
     """The regions of the first stage, the first two, ... all of them.
 
@@ -102,14 +102,14 @@ def best_nest(
         flops: of each unit.
         seconds: of each unit, if they are measured.
         shapes: of the boundary after each unit.
-        again: units before each one that a stage which begins there evaluates too; default none.
+        again: units before each one that a stage which begins there evaluates too.
 
     Raises:
         ValueError: there are too few units for so many stages.
     """
     costs: list[Sequence[float]] = [flops] if seconds is None else [seconds, flops]
     before = [[0, *itertools.accumulate(cost)] for cost in costs]
-    repeated = [[sum(cost[unit] for unit in units) for units in again or [frozenset()] * len(cost)] for cost in costs]
+    repeated = [[sum(cost[unit] for unit in units) for units in again] for cost in costs]
     limits = [math.inf] * len(costs)  # of a stage, for each kind of cost
     whole = Region(0, len(shapes))
 

@@ -54,7 +54,6 @@ class UNet(Anatomy):
     parts = ("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out", "get_time_embed", "get_aug_embed")
     block_classes = frozenset({"DownBlock2D", "CrossAttnDownBlock2D", "UNetMidBlock2DCrossAttn",
                                "UpBlock2D", "CrossAttnUpBlock2D"})  # fmt: skip
-
     needs_trial = False  # a unit's code is ours, and tested bit by bit
 
     def __init__(self, denoiser: nn.Module) -> None:
@@ -134,7 +133,7 @@ class UNet(Anatomy):
                     activation = unit(activation)
                     flops.append(tally.flops - before)
                     shapes.append(tuple((t.shape, t.dtype) for t in activation.boundary))
-        return Counted(flops, shapes, structure)
+        return Counted(flops=flops, shapes=shapes, structure=structure, again=[frozenset()] * len(flops))
 
     @contextmanager
     def _lora_scale(self, inputs: Inputs) -> Iterator[Inputs]:
