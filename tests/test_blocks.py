@@ -270,5 +270,11 @@ def test_blocks_that_share_state_are_not_split(monkeypatch, caplog):
     assert "do not give bit for bit" in refused("pixart", caplog)
 
 
+def test_lengths_that_only_a_masks_values_tell_are_not_split(monkeypatch, caplog):
+    """Lumina2 takes as many tokens of a text as its mask has: the arguments are of one shape, the boundaries of two."""
+    monkeypatch.setitem(CASES, "lumina2", Case(zoo_successive, "lumina2", LAYERS, {}, cond=0))
+    assert "the values of its masks" in refused("lumina2", caplog)
+
+
 def test_a_step_before_the_calls_are_known_is_full(caplog):
     assert "from the second step on" in refused("wan", caplog, "FPFFFFFFFF")

@@ -49,12 +49,14 @@ class Counted:
         shapes: of the boundary after each unit; after the last one, of the prediction.
         structure: of what the denoiser returns.
         again: units before each one that a stage which begins there evaluates too.
+        is_fixed: whether all this follows from the kind of the arguments. Else a mask's values may decide on shapes.
     """
 
     flops: Sequence[int]
     shapes: Sequence[tuple[Shape, ...]]
     structure: Structure
     again: Sequence[frozenset[int]]
+    is_fixed: bool = True
 
 
 class _Found(NamedTuple):
@@ -126,6 +128,12 @@ class Anatomy(ABC):
         if kind not in self._found.counts:
             self._found.counts[kind] = self._count(call)
         return self._found.counts[kind]
+
+    def recounted(self, call: Call) -> Any:
+        """The same when a run begins, found anew where it depends on the values that this run has."""
+        if not self.counted(call).is_fixed:
+            self._found.counts[self._kind(call)] = self._count(call)
+        return self.counted(call)
 
     def partition(self, call: Call, stages: int = 2, seconds: tuple[float, ...] | None = None) -> Partition:
         """The best partition for a branch's call: the smallest largest share, then the smallest boundaries.

@@ -230,6 +230,7 @@ class Blocks(Anatomy):
             names=names,
             boundaries=boundaries,
             outputs=outputs,
+            is_fixed=tally is not None,
         )
 
 

@@ -117,7 +117,9 @@ class Executor:
             self.anatomy = read(denoiser)
         self._device = call.tensors[0].device
         self.anatomy.check_inputs(call)
-        self._shapes = {branch: self.anatomy.counted(one).shapes for branch, one in branches.items()}
+        self._shapes = {branch: self.anatomy.recounted(one).shapes for branch, one in branches.items()}
+        if any(self.anatomy.counted(one).shapes != self._shapes[branch] for branch, one in branches.items()):
+            return "its texts have lengths that no argument's shape tells, but the values of its masks"
         partition = self.anatomy.partition(call, self.stages, self._seconds(call) if is_timed else None)
         ends = [segment.stop - 1 for segment in partition.segments]
         if self._shapes["uncond"][-1] != self._shapes["cond"][-1]:
