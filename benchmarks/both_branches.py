@@ -39,7 +39,7 @@ def both_branches(pipe: Any, warm_up: int, comm: Comm, is_timed: bool = False) -
     denoiser = denoiser_of(pipe)
     original, signature = denoiser.forward, inspect.signature(type(denoiser).forward)
     graphs = Graphs(denoiser)
-    executor = Executor(read(denoiser), comm, graphs)
+    executor = Executor(read(denoiser), comm, lambda denoiser: graphs)
     step = 0
 
     def whole(**inputs: Any) -> torch.Tensor:
@@ -49,17 +49,19 @@ def both_branches(pipe: Any, warm_up: int, comm: Comm, is_timed: bool = False) -
         nonlocal step
         inputs = {**signature.bind(None, *args, **kwargs).arguments, "return_dict": False}
         inputs.pop("self")
-        both: Any = {"uncond": inputs, "cond": inputs}
+        call = Call(denoiser, whole, inputs)
+        both: Any = {"uncond": call, "cond": call}
         if step == 0:
-            executor.begin(inputs, is_timed)
+            executor.begin(both, is_timed=is_timed)
             graphs.begin(next(denoiser.parameters()).device)
         if step < warm_up:
             executor.now = float(step)
             graphs.look()
-            pred, boundary = graphs(executor.name, partial(executor.watch, Call(denoiser, whole, inputs)), inputs)
-            executor.keep(1, boundary)
+            pred, boundaries = graphs(executor.name, partial(executor.watch, call), inputs)
+            executor.keep(boundaries)
+            executor.is_ready = True
         else:
-            pred = executor.pipelined(both, "cond", float(step), hand_over=True, extrapolate=False)
+            (pred,) = executor.pipelined(both, "cond", float(step), hand_over=True, extrapolate=False)
         step += 1
         if step == pipe.num_timesteps:
             executor.drain()

@@ -12,7 +12,7 @@ Folders, from bottom to top, which is the order to read them in (within one, the
 * `ranks`: comm, agreement;
 * `schedule`, which kind a step is: discrepancy, sampler, settings, plan, fixed, paper, adaptive, policies;
 * `estimates`, what stands for a prediction that is not evaluated: weights, base, published, reuse, deferred, rules;
-* `evaluate`: calls, graphs, streams, tokens, and `stages`: cuts, anatomy, blocks, unet, families, executor;
+* `evaluate`: calls, graphs, streams, tokens, and `stages`: cuts, anatomy, blocks, unet, families, executor, more;
 * `config`, `report`, `measures`, and `engine`, one run's estimates and measurements;
 * `planner`, what a layout of GPUs would bring: denoisers, cost, layouts;
 * `seam`, where a diffusers pipeline is met: watch, coupling, pattern, step, pending, signals, run, hooks,

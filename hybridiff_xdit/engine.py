@@ -118,10 +118,12 @@ class Engine:
         self._handed = self._nests([rule.skipped(self.step) for rule in self._rules])
         return self._handed
 
-    def pipelined(self, pred: torch.Tensor) -> list[Any]:
-        """What to hand the pipeline where cond alone, or the published mixture, is evaluated: [B, ...]."""
-        assert self._rules is not None and len(self._rules) == 1
-        self._handed = self._nests([self._rules[0].pipelined(self.step, pred)])
+    def pipelined(self, pred: Tensors) -> list[Any]:
+        """What to hand the pipeline where cond alone, or the published mixture, is evaluated: its tensors, [B, ...]."""
+        assert self._rules is not None
+        self._handed = self._nests(
+            [rule.pipelined(self.step, one) for rule, one in zip(self._rules, pred, strict=True)]
+        )
         return self._handed
 
     def end_step(self, output: torch.Tensor, sample: torch.Tensor, is_estimable: bool, first_cond: int) -> None:

@@ -301,9 +301,9 @@ class Oracle:
 
 
 def least_squares(target, regressor):
-    """A coefficient per picture, [B, 1, 1, 1]. None counts for more than 2 or less than -1."""
+    """A coefficient per picture, [B, 1, ...]. None counts for more than 2 or less than -1."""
     dot = (target * regressor).flatten(1).sum(1) / (regressor * regressor).flatten(1).sum(1)
-    return dot.clip(-1, 2).reshape(-1, 1, 1, 1)
+    return dot.clip(-1, 2).reshape(-1, *[1] * (target.ndim - 1))
 
 
 class Staged(Oracle):

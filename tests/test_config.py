@@ -43,7 +43,8 @@ def test_rules_that_estimate_nothing_can_still_pipeline(guidance):
 def test_what_the_user_chose_stays():
     config = HybridConfig(policy="paper", guidance="none", interval=3, slope_window=4, slope_threshold=1e-3, tau_cap=9)
     assert config.guidance == "none"
-    assert vars(config.constants("unet", 50)) == dict(interval=3, slope_window=4, slope_threshold=1e-3, tau_cap=9)
+    chosen = dict(interval=3, slope_window=4, slope_threshold=1e-3, tau_cap=9, level=None)
+    assert vars(config.constants("unet", 50)) == vars(config.constants("blocks", 50)) == chosen
 
 
 def test_is_frozen_and_keyword_only():

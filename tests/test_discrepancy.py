@@ -55,6 +55,15 @@ def test_published_constants_fire_on_the_floor(constants, expected):
     assert fired(series, **constants) == expected
 
 
+@pytest.mark.parametrize("size", [0.1, 1.0, 3.0])
+def test_a_threshold_that_goes_with_the_first_step_fires_on_the_floor_of_any_model(size):
+    """The same curve of a model whose branches differ by another amount; the published number would miss it."""
+    series = u_shaped()
+    fires = SlopeDetector(**SD3, level=series[0]).update
+    assert next(i for i, value in enumerate(series) if fires(i, size * value)) == brute_force(series, **SD3)
+    assert size == 1 or brute_force([size * value for value in series], **SD3) != brute_force(series, **SD3)
+
+
 @pytest.mark.parametrize("constants", [SDXL, SD3], ids=["sdxl", "sd3"])
 def test_early_plateau_fires_as_soon_as_a_window_is_full(constants):
     assert fired([0.3] * 50, **constants) == constants["window"]

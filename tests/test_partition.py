@@ -1,4 +1,4 @@
-"""Units in order are the denoiser itself, and the cut halves the cost. No process, and no weights of real size."""
+"""The parts in order are the denoiser itself, and the cut halves the cost. No process, no weights of real size."""
 
 import inspect
 from contextlib import nullcontext
@@ -9,12 +9,13 @@ import pytest
 import tiny
 import torch
 from diffusers import (
-    FluxTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
 from torch.utils.flop_counter import FlopCounterMode
 
+from hybridiff_xdit.evaluate.calls import Call
+from hybridiff_xdit.evaluate.stages.cuts import Segment
 from hybridiff_xdit.evaluate.stages.families import read
 from hybridiff_xdit.evaluate.tokens import SequenceSplit
 from hybridiff_xdit.planner.denoisers import SD3_MEDIUM, SD35_MEDIUM, SDXL, build
@@ -48,20 +49,31 @@ def inputs(denoiser, size=(16, 16), batch: int = 1, tokens: int = 7, device: str
     return given
 
 
-def by_units(denoiser, given: dict) -> torch.Tensor:
-    anatomy = read(denoiser)
-    activation = anatomy.start(given)
-    for unit in anatomy.units:
-        activation = unit(activation)
-    assert not activation.skips
-    return anatomy.prediction(activation)
+def call(denoiser, given: dict) -> Call:
+    return Call(denoiser, denoiser, given)
+
+
+def names(denoiser, given: dict) -> list[str]:
+    return list(read(denoiser).names(call(denoiser, given)))
+
+
+def by_segments(denoiser, given: dict, segments=None) -> torch.Tensor:
+    """Each stage reads what the one before it left, and goes on with what its own segment before left."""
+    anatomy, asked = read(denoiser), call(denoiser, given)
+    left, by_stage = None, {}
+    for segment in segments or anatomy.partition(asked).segments:
+        left = anatomy.evaluate(segment, asked, by_stage.get(segment.stage), left and left.boundary)
+        by_stage[segment.stage] = left
+    (pred,) = left.boundary
+    assert not left.skips
+    return pred
 
 
 def segments(denoiser, given: dict) -> list[tuple]:
     """(first unit, last unit, stage, age) of each segment."""
-    anatomy = read(denoiser)
-    found = anatomy.partition(given).segments
-    return [(anatomy.units[s.start].name, anatomy.units[s.stop - 1].name, s.stage, s.age) for s in found]
+    units = names(denoiser, given)
+    found = read(denoiser).partition(call(denoiser, given)).segments
+    return [(units[s.start], units[s.stop - 1], s.stage, s.age) for s in found]
 
 
 DENOISERS = {
@@ -86,47 +98,48 @@ CASES = [(name, size) for name in DENOISERS for size in SIZES["sd3" if name.star
 
 @pytest.mark.parametrize(("name", "size"), CASES, ids=str)
 @torch.no_grad()
-def test_units_in_order_are_the_denoiser_bit_for_bit(name, size):
+def test_stages_in_turn_are_the_denoiser_bit_for_bit(name, size):
     denoiser = DENOISERS[name]()
     given = inputs(denoiser, size, batch=2)
-    assert torch.equal(by_units(denoiser, given), denoiser(**given)[0])
+    assert torch.equal(by_segments(denoiser, given), denoiser(**given)[0])
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+@torch.no_grad()
+def test_blocks_may_be_cut_anywhere(cut):
+    denoiser = DENOISERS["sd3"]()
+    given = inputs(denoiser)
+    found = by_segments(denoiser, given, [Segment(0, cut, 0, 0), Segment(cut, 4, 1, 1)])
+    assert torch.equal(found, denoiser(**given)[0])
 
 
 @pytest.mark.parametrize("cast", ["autocast", "weights"])
 @pytest.mark.parametrize("name", ["sd3", "sd3.5", "sdxl", "sd15"])
 @torch.no_grad()
-def test_units_in_order_are_the_denoiser_in_bfloat16(name, cast):
+def test_stages_in_turn_are_the_denoiser_in_bfloat16(name, cast):
     denoiser = DENOISERS[name]()
     given = inputs(denoiser)
     if cast == "weights":
         denoiser.to(torch.bfloat16)
         given = {k: v.bfloat16() if k != "timestep" and isinstance(v, torch.Tensor) else v for k, v in given.items()}
     with torch.autocast("cpu", torch.bfloat16) if cast == "autocast" else nullcontext():
-        expected, found = denoiser(**given)[0], by_units(denoiser, given)
+        expected, found = denoiser(**given)[0], by_segments(denoiser, given)
     assert torch.equal(found, expected)
     assert found.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["sd3", "sdxl", "sd15"])
 @torch.no_grad()
-def test_the_boundary_is_what_the_module_leaves(name):
-    """The engine catches its own boundary by a hook on the cut's module: what it catches must go on to the same end."""
+def test_a_whole_forward_leaves_the_boundary(name):
+    """What it leaves is what the last stage needs to come to the same end."""
     denoiser = DENOISERS[name]()
-    given, caught = inputs(denoiser), []
-    anatomy = read(denoiser)
-    partition = anatomy.partition(given)
-    unit = anatomy.units[partition.cut]
-    with unit.module.register_forward_hook(lambda module, args, output: caught.append(unit.boundary(output))):
-        expected = denoiser(**given)[0]
-    assert [(t.shape, t.dtype) for t in caught[0]] == list(partition.shapes[partition.cut])
-    first, *_, last = partition.segments
-    activation = anatomy.start(given)
-    for index in range(first.start, first.stop if len(partition.segments) == 3 else 0):  # a U-Net's outer down
-        activation = anatomy.units[index](activation)
-    activation = activation._replace(boundary=caught[0])
-    for index in range(last.start, last.stop):
-        activation = anatomy.units[index](activation)
-    assert torch.equal(anatomy.prediction(activation), expected)
+    anatomy, asked = read(denoiser), call(denoiser, inputs(denoiser))
+    *down, _, last = anatomy.partition(asked).segments[-3:]
+    output, (boundary,) = anatomy.watch(asked, [last.start])
+    assert torch.equal(output[0], denoiser(**asked.inputs)[0])
+    assert tuple((t.shape, t.dtype) for t in boundary) == anatomy.counted(asked).shapes[last.start - 1]
+    before = anatomy.evaluate(down[0], asked, None, None) if down else None
+    assert torch.equal(anatomy.evaluate(last, asked, before, boundary).boundary[0], output[0])
 
 
 # Where the cut lies.
@@ -135,8 +148,8 @@ def test_the_boundary_is_what_the_module_leaves(name):
 def test_the_tiny_denoisers_are_cut_where_the_oracle_cuts_them():
     denoiser = DENOISERS["sd3"]()
     assert segments(denoiser, inputs(denoiser)) == [
-        ("pos_embed", f"transformer_blocks.{oracle.CUTS['sd3'] - 1}", 0, 0),
-        (f"transformer_blocks.{oracle.CUTS['sd3']}", "proj_out", 1, 1),
+        ("transformer_blocks.0", f"transformer_blocks.{oracle.CUTS['sd3'] - 1}", 0, 0),
+        (f"transformer_blocks.{oracle.CUTS['sd3']}", "transformer_blocks.3", 1, 1),
     ]
     for name in ("sdxl", "sd15"):
         denoiser = DENOISERS[name]()
@@ -147,7 +160,7 @@ def test_the_tiny_denoisers_are_cut_where_the_oracle_cuts_them():
 def test_the_inner_part_of_a_unet_reads_only_skips_of_its_own(name):
     denoiser = DENOISERS[name]()
     anatomy = read(denoiser)
-    down, inner, up = anatomy.partition(inputs(denoiser)).segments
+    down, inner, up = anatomy.partition(call(denoiser, inputs(denoiser))).segments
     assert [(s.stage, s.age) for s in (down, inner, up)] == [(1, 0), (0, 0), (1, 1)]
     skips = 0
     for unit in anatomy.units[inner.start : inner.stop]:
@@ -176,7 +189,7 @@ def sd3_of_real_size(settings=SD3_MEDIUM) -> SD3Transformer2DModel:
 def sdxl_of_real_size_():
     denoiser = sdxl_of_real_size()
     given = inputs(denoiser, (128, 128), tokens=77, device="meta")
-    return denoiser, given, read(denoiser).partition(given)
+    return denoiser, given, read(denoiser).partition(call(denoiser, given))
 
 
 def test_sdxl_nests_around_its_deepest_level(sdxl_of_real_size_):
@@ -188,7 +201,7 @@ def test_sdxl_nests_around_its_deepest_level(sdxl_of_real_size_):
     assert inner[1].startswith("up_blocks.0.")
     share = partition.flops[0] / sum(partition.flops)
     assert 0.4 <= share <= 0.6
-    ((shape, _),) = partition.shapes[partition.cut]
+    ((shape, _),) = read(denoiser).counted(call(denoiser, given)).shapes[partition.cut]
     assert shape == (1, 1280, 32, 32)  # as published: one tensor crosses back
 
 
@@ -205,10 +218,12 @@ def test_sd3_medium_is_cut_in_the_middle():
     assert sum(p.numel() for p in denoiser.parameters()) == pytest.approx(2.03e9, rel=0.01)  # it is SD3-medium
     given = inputs(denoiser, (128, 128), tokens=333, device="meta")
     front, back = segments(denoiser, given)
-    assert front == ("pos_embed", "transformer_blocks.11", 0, 0)
-    assert back == ("transformer_blocks.12", "proj_out", 1, 1)
-    partition = read(denoiser).partition(given)
-    assert [shape for shape, _ in partition.shapes[partition.cut]] == [(1, 4096, 1536), (1, 333, 1536)]
+    assert front == ("transformer_blocks.0", "transformer_blocks.11", 0, 0)
+    assert back == ("transformer_blocks.12", "transformer_blocks.23", 1, 1)
+    anatomy, asked = read(denoiser), call(denoiser, given)
+    partition = anatomy.partition(asked)
+    boundary = anatomy.counted(asked).shapes[partition.cut]
+    assert [shape for shape, _ in boundary] == [(1, 4096, 1536), (1, 333, 1536)]
     assert partition.flops == sd3_flops(24, 12, width=1536, image=4096, text=333)
 
 
@@ -219,7 +234,8 @@ def sd3_flops(layers: int, cut: int, width: int, image: int, text: int) -> tuple
     modulation = 2 * width * 6 * width * 2  # of one vector, for both streams
     block = 2 * tokens * width * width * (3 + 1 + 8) + attention + modulation
     no_text_out = 2 * text * width * width * (1 + 8) + 2 * width * 4 * width  # what the last block leaves out
-    embed = 2 * image * width * 2 * 2 * 16 + 2 * text * width * 4096
+    vectors = 2 * width * (256 + width + 2048 + width)  # the time's and the pooled text's embeddings
+    embed = 2 * image * width * 2 * 2 * 16 + 2 * text * width * 4096 + vectors
     out = 2 * width * 2 * width + 2 * image * width * 2 * 2 * 16
     return embed + cut * block, (layers - cut) * block - no_text_out + out
 
@@ -228,7 +244,7 @@ def test_sd35_counts_its_second_attention():
     """SD3.5-medium: the first 13 of 24 blocks have one more attention, so the cut lies before the middle."""
     denoiser = sd3_of_real_size(SD35_MEDIUM)
     given = inputs(denoiser, (128, 128), tokens=333, device="meta")
-    partition = read(denoiser).partition(given)
+    partition = read(denoiser).partition(call(denoiser, given))
     assert segments(denoiser, given)[0][1] in ("transformer_blocks.9", "transformer_blocks.10")
     assert 0.45 <= partition.flops[0] / sum(partition.flops) <= 0.55
 
@@ -238,49 +254,46 @@ def test_measured_time_moves_the_cut(noise):
     """SD3, the first of whose blocks take three times as long as their FLOPs tell; and noise that shall not matter."""
     denoiser = sd3_of_real_size()
     given = inputs(denoiser, (128, 128), tokens=333, device="meta")
-    anatomy = read(denoiser)
-    names = [unit.name for unit in anatomy.units]
-    seconds = [3e-3 if name in names[1:9] else 1e-3 for name in names]
+    anatomy, asked = read(denoiser), call(denoiser, given)
+    units = anatomy.names(asked)
+    seconds = [3e-3 if name in units[:8] else 1e-3 for name in units]
     generator = torch.Generator().manual_seed(0)
     seconds = tuple(t * (1 + noise * torch.randn((), generator=generator).item()) for t in seconds)
     whole = sum(seconds)
-    expected = min(range(1, 26), key=lambda cut: max(sum(seconds[:cut]), whole - sum(seconds[:cut])))
-    front, _ = anatomy.partition(given, seconds=seconds).segments
-    assert front.stop == expected == 8
-    assert anatomy.partition(given).segments[0].stop == 13
+    expected = min(range(1, 24), key=lambda cut: max(sum(seconds[:cut]), whole - sum(seconds[:cut])))
+    front, _ = anatomy.partition(asked, seconds=seconds).segments
+    assert front.stop == expected == 7
+    assert anatomy.partition(asked).segments[0].stop == 12
 
 
 def test_times_that_are_alike_leave_the_cut_of_the_flops(sdxl_of_real_size_):
     denoiser, given, partition = sdxl_of_real_size_
-    anatomy = read(denoiser)
-    (flops, *_), *_ = anatomy._found.counts.values()
+    anatomy, asked = read(denoiser), call(denoiser, given)
+    flops = anatomy.counted(asked).flops
     for seed in range(20):
         noise = torch.randn(len(flops), generator=torch.Generator().manual_seed(seed)).mul(0.005).add(1).tolist()
         seconds = tuple(count * factor for count, factor in zip(flops, noise, strict=True))
-        assert anatomy.partition(given, seconds=seconds).segments == partition.segments
+        assert anatomy.partition(asked, seconds=seconds).segments == partition.segments
 
 
-def test_measuring_leaves_the_denoiser_as_it_was():
-    denoiser = DENOISERS["sdxl"]()
+@pytest.mark.parametrize("name", ["sd3", "sdxl"])
+def test_measuring_leaves_the_denoiser_as_it_was(name):
+    denoiser = DENOISERS[name]()
     before = {name: value.clone() for name, value in denoiser.state_dict().items()}
     given = inputs(denoiser)
     with torch.no_grad():
         expected = denoiser(**given)[0]
-        read(denoiser).partition(given)
+        read(denoiser).partition(call(denoiser, given))
         assert torch.equal(denoiser(**given)[0], expected)
     assert all(torch.equal(before[name], value) for name, value in denoiser.state_dict().items())
+    assert not any("_compiled_call_impl" in vars(module) or "forward" in vars(module) for module in denoiser.modules())
 
 
 # What is refused.
 
 
 def test_a_structure_that_is_not_understood_is_refused():
-    flux = on_meta(
-        FluxTransformer2DModel, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2
-    )
-    with pytest.raises(ValueError, match=r"FluxTransformer2DModel.*--parallel cfg"):
-        read(flux)
-    with pytest.raises(ValueError, match="Linear"):
+    with pytest.raises(ValueError, match=r"Linear.*--parallel cfg"):
         read(torch.nn.Linear(2, 2))
 
 
@@ -290,31 +303,37 @@ def test_a_unet_of_other_blocks_is_refused():
         read(denoiser)
 
 
-def test_one_block_is_enough():
+def test_one_block_is_not_enough():
     denoiser = tiny.mmdit(num_layers=1)
-    assert segments(denoiser, inputs(denoiser)) == [
-        ("pos_embed", "transformer_blocks.0", 0, 0),
-        ("proj_out", "proj_out", 1, 1),
-    ]
+    with pytest.raises(ValueError, match="too shallow"):
+        segments(denoiser, inputs(denoiser))
 
 
 @pytest.mark.parametrize(
     ("name", "extra"),
     [
-        ("sd3", "block_controlnet_hidden_states"),
         ("sdxl", "mid_block_additional_residual"),
         ("sdxl", "down_block_additional_residuals"),
         ("sd15", "down_intrablock_additional_residuals"),
     ],
 )
-def test_controlnet_and_adapter_inputs_are_refused(name, extra):
+def test_controlnet_and_adapter_inputs_of_a_unet_are_refused(name, extra):
     denoiser = DENOISERS[name]()
     assert extra in inspect.signature(type(denoiser).forward).parameters
     given = inputs(denoiser)
-    read(denoiser).check_inputs(given)
-    read(denoiser).check_inputs({**given, extra: None})
+    read(denoiser).check_inputs(call(denoiser, given))
+    read(denoiser).check_inputs(call(denoiser, {**given, extra: None}))
     with pytest.raises(ValueError, match=rf"{extra}.*--hybrid_policy cfg"):
-        read(denoiser).check_inputs({**given, extra: (torch.zeros(1),)})
+        read(denoiser).check_inputs(call(denoiser, {**given, extra: (torch.zeros(1),)}))
+
+
+@torch.no_grad()
+def test_a_controlnet_of_blocks_is_split_with_them():
+    denoiser = DENOISERS["sd3"]()
+    given = {**inputs(denoiser), "block_controlnet_hidden_states": [random(1, 64, 32) for _ in range(2)]}
+    expected = denoiser(**given)[0]
+    assert torch.equal(by_segments(denoiser, given), expected)
+    assert not torch.equal(denoiser(**inputs(denoiser))[0], expected)
 
 
 def test_freeu_is_refused():
@@ -322,17 +341,15 @@ def test_freeu_is_refused():
     given = inputs(pipe.unet)
     pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.3, b2=1.4)
     with pytest.raises(ValueError, match=r"FreeU.*disable_freeu"):
-        read(pipe.unet).check_inputs(given)
+        read(pipe.unet).check_inputs(call(pipe.unet, given))
     pipe.disable_freeu()
-    read(pipe.unet).check_inputs(given)
+    read(pipe.unet).check_inputs(call(pipe.unet, given))
 
 
-def test_gligen_and_ip_adapter_are_refused():
-    unet, mmdit = DENOISERS["sdxl"](), DENOISERS["sd3"]()
+def test_gligen_is_refused():
+    unet = DENOISERS["sdxl"]()
     with pytest.raises(ValueError, match="GLIGEN"):
-        read(unet).check_inputs({**inputs(unet), "cross_attention_kwargs": {"gligen": {}}})
-    with pytest.raises(ValueError, match="IP-Adapter"):
-        read(mmdit).check_inputs({**inputs(mmdit), "joint_attention_kwargs": {"ip_adapter_image_embeds": []}})
+        read(unet).check_inputs(call(unet, {**inputs(unet), "cross_attention_kwargs": {"gligen": {}}}))
 
 
 @pytest.mark.parametrize("name", tiny.PIPELINES)
@@ -347,7 +364,7 @@ def test_a_shard_of_the_tokens_is_counted_apart():
     anatomy, split = read(model), SequenceSplit(SimpleNamespace(size=2, rank=1), attention=None)
 
     def tokens():
-        (image, _), (text, _) = anatomy.partition(inputs(model), 4).shapes[1]
+        (image, _), (text, _) = anatomy.counted(call(model, inputs(model))).shapes[1]
         return image[1], text[1]
 
     assert tokens() == (64, 7)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -73,30 +74,31 @@ class Streams:
         """This rank's share of a step's calls.
 
         Args:
-            watch: told of each part's forward; see `stages.executor.Executor`.
+            watch: told of cond's forward; see `stages.executor.Executor`.
         """
         for denoiser in {id(one.call.denoiser): one.call.denoiser for one in asked}.values():
             self.graphs(denoiser).look()
-        return [self._one(index, one, watch) for index, one in enumerate(asked)]
+        firsts = accumulate((one.count for one in asked), initial=0)
+        return [self._one(first, one, watch) for first, one in zip(firsts, asked, strict=False)]
 
-    def _one(self, index: int, asked: Asked, watch: Any) -> list[Any]:
+    def _one(self, first: int, asked: Asked, watch: Any) -> list[Any]:
         call, count, owners = asked.call, asked.count, asked.owners
         is_all = owners is None or self.comm.size == 1
         mine = range(count) if is_all else [i for i, owner in enumerate(owners or ()) if owner == self.comm.rank]
         if owners is None or (len(mine) == count and not self.is_apart):
-            return split(self._forward(call, watch, index), count, call.is_listed)
+            return split(self._forward(call, watch, first), count, call.is_listed)
         outputs: list[Any] = [None] * count
         for i in mine:
-            outputs[i] = self._forward(part(call, i, count), watch, i)
+            outputs[i] = self._forward(part(call, i, count), watch, first + i)
         return outputs
 
     def _forward(self, call: Call, watch: Any, number: int) -> Any:
         graphs = self.graphs(call.denoiser)
-        if watch is None:
-            return graphs("forward", lambda inputs: call.evaluate(**inputs), call.inputs)
-        output, seen = graphs(watch.name, partial(watch.watch, call), call.inputs)
-        watch.keep(number, seen)
-        return output
+        if watch is not None and number == watch.cond:
+            output, seen = graphs(watch.name, partial(watch.watch, call), call.inputs)
+            watch.keep(seen)
+            return output
+        return graphs("forward", lambda inputs: call.evaluate(**inputs), call.inputs)
 
     # The exchange.
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from diffusers.models.attention_processor import JointAttnProcessor2_0
+from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -25,6 +25,37 @@ from ..ranks.comm import Comm
 from .stages.anatomy import Anatomy
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class SequenceParts(NamedTuple):
+    """Where an SD3-type denoiser's image tokens begin and end, and the attentions in between.
+
+    Attributes:
+        embed: its output is all image tokens, [B, N, C].
+        project: its output, of a shard, becomes the prediction of all, [B, N, C].
+        attentions: the attention modules.
+    """
+
+    embed: nn.Module
+    project: nn.Module
+    attentions: list[Attention]
+
+
+def sequence_parts(denoiser: Any) -> SequenceParts:
+    """What sequence parallelism splits of a denoiser.
+
+    Raises:
+        ValueError: it is of another type.
+    """
+    try:
+        pairs = [(block.attn, getattr(block, "attn2", None)) for block in denoiser.transformer_blocks]
+        parts = denoiser.pos_embed, denoiser.proj_out, [attn for pair in pairs for attn in pair if attn]
+    except AttributeError:
+        raise ValueError(
+            f"hybrid-cond: a {type(denoiser).__name__} has no sequence that it could split: drop --ulysses_degree and "
+            "--ring_degree."
+        ) from None
+    return SequenceParts(*parts)
 
 
 class SequenceSplit:
@@ -50,7 +81,7 @@ class SequenceSplit:
             ValueError: the denoiser works on no sequence, or an attention is not computed as diffusers' own SD3
                 pipeline does.
         """
-        parts = anatomy.sequence_parts()
+        parts = sequence_parts(anatomy.denoiser)
         odd = {type(attn.processor).__name__ for attn in parts.attentions} - {JointAttnProcessor2_0.__name__}
         if odd:
             raise ValueError(

@@ -34,6 +34,7 @@ and 80 times the largest boundary between units (it has been 77 to 84 with two r
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -42,13 +43,14 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
+from ..evaluate.calls import Call
 from ..evaluate.graphs import can_capture, seconds_between
 from ..trees import tensors_of
 from .denoisers import branch_inputs, build
 
 if TYPE_CHECKING:
     from ..evaluate.stages.anatomy import Anatomy, Inputs
-    from ..evaluate.stages.cuts import Partition
+    from ..evaluate.stages.cuts import Partition, Shape
     from ..seam.checkpoints import FamilyCheckpoint
 
 
@@ -171,7 +173,7 @@ class Cost:
         kind: whose figures of `SPEEDS` are its: `Anatomy.family`, and whether an MMDiT's queries and keys are normed.
         flops: of a forward.
         share: the larger of two stages' part of them.
-        units: pieces that the forward is made of (`Anatomy.units`).
+        units: pieces that the forward is made of (`Anatomy.names`).
         prediction: bytes; so too the next four.
         to_output: boundary that the rank with the prediction is handed on a PIPELINED step.
         from_output: what it hands the other (a U-Net's features; an MMDiT: 0).
@@ -211,25 +213,25 @@ class Cost:
         """
         from ..evaluate.stages.families import read  # here and below, because it imports diffusers
 
-        anatomy = read(denoiser)
-        partition = anatomy.partition(inputs)
+        anatomy, call = read(denoiser), Call(denoiser, denoiser, inputs)
+        partition, shapes = anatomy.partition(call), anatomy.counted(call).shapes
 
         def count(unit: int) -> int:
-            return sum(shape.numel() for shape, _ in partition.shapes[unit])
+            return sum(shape.numel() for shape, _ in shapes[unit])
 
         size = dtype.itemsize
         return cls(
             kind=_kind(anatomy),
             flops=sum(partition.flops),
             share=max(partition.flops) / sum(partition.flops),
-            units=len(anatomy.units),
+            units=len(shapes),
             prediction=next(tensors_of(inputs)).numel() * size,
             to_output=count(partition.cut) * size,
             from_output=_features(partition, count) * size,
-            largest=max(map(count, range(len(anatomy.units)))) * size,
+            largest=max(map(count, range(len(shapes)))) * size,
             weights=sum(parameter.numel() for parameter in denoiser.parameters()) * size,
             itemsize=size,
-            **(_tokens(anatomy, partition, size) if anatomy.family == "mmdit" else {}),
+            **(_tokens(denoiser, shapes[0], size) if anatomy.family == "mmdit" else {}),
         )
 
     def shard(self, count: int, p: int) -> float:
@@ -263,9 +265,11 @@ def _features(partition: Partition, count: Any) -> int:
     return count(first.stop - 1) if first.stage == last.stage else 0
 
 
-def _tokens(anatomy: Any, partition: Partition, size: int) -> dict[str, int]:
-    (image, _), (text, _) = partition.shapes[0]  # [B, N, C], [B, S, C]
-    attentions = anatomy.sequence_parts().attentions
+def _tokens(denoiser: nn.Module, boundary: Sequence[Shape], size: int) -> dict[str, int]:
+    from ..evaluate.tokens import sequence_parts
+
+    (image, _), (text, _) = boundary  # [B, N, C], [B, S, C]
+    attentions = sequence_parts(denoiser).attentions
     return {
         "image": image[1],
         "text": text[1],
@@ -344,7 +348,7 @@ def calibrate(checkpoint: FamilyCheckpoint, height: int, width: int, device: tor
     with torch.no_grad():
         for size in (half, whole):
             inputs = branch_inputs(checkpoint.denoiser, *size, dtype=dtype, device=device)
-            points.append(Point(sum(anatomy.partition(inputs).flops), seconds(inputs)))
+            points.append(Point(sum(anatomy.partition(Call(denoiser, denoiser, inputs)).flops), seconds(inputs)))
     line = Speed.through(*points)
     return replace(SPEEDS["H100"][_kind(anatomy)], fixed=line.fixed, rate=line.rate)
 

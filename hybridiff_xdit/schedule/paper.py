@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .discrepancy import Trial, check_finite
@@ -22,17 +22,20 @@ class PaperConstants:
         slope_threshold: ``g``, discrepancy per step.
         interval: ``k``, length of the PIPELINED window in steps.
         tau_cap: the latest step at which the window may start.
+        level: discrepancy of the first step where ``g`` holds; it grows with that of the run. None: it holds anywhere.
     """
 
     slope_window: int
     slope_threshold: float
     interval: int
     tau_cap: int
+    level: float | None = None
 
     def scaled(self, num_steps: int) -> PaperConstants:
         """The same rule for a run of another length: published figures are for 50 steps."""
         ratio = num_steps / 50
-        return PaperConstants(
+        return replace(
+            self,
             slope_window=max(1, round(self.slope_window * ratio)),
             slope_threshold=self.slope_threshold / ratio,
             interval=max(1, round(self.interval * ratio)),
@@ -46,7 +49,7 @@ class PaperSettings(Settings):
 
     interval: int | None = option(
         "k: number of PIPELINED steps in the window. By default this and the next three are the published constants, "
-        "scaled to the run's length.",
+        "scaled to the run's length. They are SD3's for every model but SDXL and its kind.",
         type=int,
         metavar="K",
     )
@@ -68,15 +71,19 @@ class PaperSettings(Settings):
 
     def constants(self, family: str, num_steps: int) -> PaperConstants:
         """The constants of a run: the family's preset, scaled, but for what was set."""
-        preset = vars(PAPER_PRESETS[family].scaled(num_steps))
-        return PaperConstants(**{name: given if (given := getattr(self, name)) is not None else value
-                                 for name, value in preset.items()})  # fmt: skip
+        names = ("slope_window", "slope_threshold", "interval", "tau_cap")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if "slope_threshold" in given:
+            given["level"] = None
+        return replace(PAPER_PRESETS[family].scaled(num_steps), **given)
 
 
-#: Published constants at 50 steps, by the family of the denoiser: SDXL (DDIM, w=5) and SD3 (Euler, w=7).
+#: Published constants at 50 steps, by the family of the denoiser: SDXL (DDIM, w=5) and SD3 (Euler, w=7). For all other
+#: models, SD3's in proportion to the run's own discrepancy: a model of SD3's type has 0.57 on its first step.
 PAPER_PRESETS = {
     "unet": PaperConstants(slope_window=12, slope_threshold=4e-4, interval=5, tau_cap=15),
     "mmdit": PaperConstants(slope_window=15, slope_threshold=5e-4, interval=5, tau_cap=40),
+    "blocks": PaperConstants(slope_window=15, slope_threshold=5e-4, interval=5, tau_cap=40, level=0.57),
 }
 
 
@@ -89,11 +96,13 @@ class SlopeDetector:
     Args:
         window: ``L``, in steps.
         threshold: ``g``, in units of discrepancy per step.
+        level: see `PaperConstants`.
     """
 
-    def __init__(self, window: int, threshold: float) -> None:
+    def __init__(self, window: int, threshold: float, level: float | None = None) -> None:
         self.window = window
         self.threshold = threshold
+        self._level = level
         self._recent: deque[float] = deque(maxlen=window + 1)
 
     def update(self, step: int, value: float) -> bool:
@@ -103,6 +112,8 @@ class SlopeDetector:
             ValueError: ``value`` is nan or infinite.
         """
         check_finite(step, value)
+        if self._level is not None:
+            self.threshold, self._level = self.threshold * value / self._level, None
         self._recent.append(value)
         if len(self._recent) <= self.window:
             return False
@@ -134,7 +145,7 @@ class PaperPolicy:
             )
         self.constants = constants
         self.tau_1: int | None = None
-        self._detector = SlopeDetector(constants.slope_window, constants.slope_threshold)
+        self._detector = SlopeDetector(constants.slope_window, constants.slope_threshold, constants.level)
 
     @property
     def tau_2(self) -> int | None:

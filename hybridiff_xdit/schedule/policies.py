@@ -18,7 +18,7 @@ class Facts(NamedTuple):
 
     Attributes:
         num_steps: denoiser evaluations in the run.
-        family: the denoiser's family, ``unet`` or ``mmdit``: selects the published constants.
+        family: the denoiser's family, ``unet``, ``mmdit`` or ``blocks``: selects the published constants.
         sampler: of the run; None where nothing needs it.
         gain: evaluations of a FULL step on one GPU, over those of the busiest rank; None: as many as stages.
     """

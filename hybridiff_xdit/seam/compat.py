@@ -161,28 +161,20 @@ LEDGER = (
     Seam("diffusers.utils", "USE_PEFT_BACKEND", None, "whether there are LoRA layers to scale", _STAGES),
     Seam("diffusers.utils", "scale_lora_layers", ("model", "weight"), "as the denoiser's forward does", _STAGES),
     Seam("diffusers.utils", "unscale_lora_layers", ("model", "weight"), "the same", _STAGES),
-    # SD3's, in stages.
+    # SD3's.
     Seam(
         "diffusers",
         "SD3Transformer2DModel.forward",
-        ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "joint_attention_kwargs"),
-        "the arguments of its stages",
-        _STAGES,
+        ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"),
+        "its cost is counted, and its presets are its own (by the class's name)",
+        _NEVER,
     ),
     Seam("diffusers", "SD3Transformer2DModel", ("patch_size", "in_channels", "sample_size"), "read of config", _NEVER),
     *(
-        Seam("diffusers", f"SD3Transformer2DModel.{part}", None, "evaluated as a stage's part", _STAGES)
-        for part in (
-            *("pos_embed", "time_text_embed", "context_embedder", "transformer_blocks", "norm_out", "proj_out"),
-        )
+        Seam("diffusers", f"SD3Transformer2DModel.{part}", None, "its tokens are split there", _TOKENS)
+        for part in ("pos_embed", "transformer_blocks", "proj_out")
     ),
-    Seam(
-        _BLOCKS,
-        "JointTransformerBlock.forward",
-        ("hidden_states", "encoder_hidden_states", "temb", "joint_attention_kwargs"),
-        "evaluated, and compiled",
-        _STAGES,
-    ),
+    Seam(_BLOCKS, "JointTransformerBlock", None, "compiled", _NEVER),
     Seam(_BLOCKS, "JointTransformerBlock.attn", None, "its tokens are split", _TOKENS),
     Seam(_BLOCKS, "JointTransformerBlock.attn2", None, "the same", _TOKENS),
     Seam(

@@ -30,6 +30,7 @@ from ..evaluate.calls import Call, read_call
 from ..evaluate.graphs import Graphs, release_before_groups
 from ..evaluate.stages.executor import Executor
 from ..evaluate.stages.families import read
+from ..evaluate.stages.more import More
 from ..evaluate.streams import Streams
 from ..evaluate.tokens import SequenceSplit
 from ..ranks.agreement import Gone, compare, disagreement, fingerprint, leave
@@ -72,7 +73,8 @@ class _Session:
                 sequence.apply(anatomy)
                 self._undo.callback(sequence.remove)
             if config.has_stages:
-                executor = Executor(anatomy, comm, self.graphs(anatomy.denoiser), self.across, config.stages)
+                kind = Executor if config.stages == 2 else More
+                executor = kind(anatomy, comm, self.graphs, self.across, config.stages)
         streams = Streams(comm, self.across, self.graphs, is_apart)
         self.setting = Setting(config, streams, executor, self._warn)
         handlers: dict[str, Any] = {"__call__": partial(self._call, ref(pipe)), "progress_bar": self._progress_bar}

@@ -10,7 +10,7 @@ cannot be told from the objects themselves is compared there, and read with the 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -143,7 +143,7 @@ class Slot:
         may_deal: whether its streams may be evaluated apart.
     """
 
-    kind: Hashable
+    kind: Any
     owners: tuple[int, ...] | None
     structures: list[Structure]
     template: Template | None

@@ -18,8 +18,9 @@ from ..config import HybridConfig
 from ..engine import Engine
 from ..estimates.base import Rule
 from ..estimates.rules import RULES
-from ..evaluate.calls import Call, Inputs, Structure, count_parts, is_compiled, part, split
+from ..evaluate.calls import Call, Structure, count_parts, is_compiled, part, split
 from ..evaluate.stages.executor import Branch, Executor
+from ..evaluate.stages.more import More
 from ..evaluate.streams import LEFT, RUNNING, Asked, Streams, deal
 from ..schedule.plan import FULL, PIPELINED, SKIPPED, StepKind
 from ..schedule.policies import make_policy
@@ -87,8 +88,9 @@ class Run:
         self._attention: list[tuple[Any, Any]] = []  # modules with their processors, when its calls were learnt
         self._kind_now = FULL
         self._foretold: list[Asked] = []
-        self._branches: dict[Branch, Inputs] = {}  # of the last step with stages, or of the run's first
-        self._executor: Executor | None = None
+        self._branches: dict[Branch, Call] = {}  # of the last step with stages, or of the run's first
+        self._executor: Executor | None = None  # while steps of this pattern may be split
+        self._whole = ""  # why not, where that is the denoiser's affair
         self._device: torch.device | None = None
         begin = getattr(scheduler, "begin_index", None)
         # Image-to-image begins within the list. Where the scheduler is not told, its first step tells.
@@ -111,7 +113,7 @@ class Run:
         sampler: Sampler | None = None
         if config.policy == "adaptive" or (not config.is_exact and self._rule.needs_sampler):
             sampler = read_sampler(self.scheduler, start, self.num_steps, **extra)
-        family = self.setting.executor.anatomy.family if self.setting.executor else "mmdit"
+        family = self.setting.executor.anatomy.family if self.setting.executor else "blocks"
         policy = make_policy(config, self.num_steps, family, sampler, gain)
         self.engine = Engine(config, policy, sampler)
 
@@ -211,18 +213,27 @@ class Run:
         if self._fits(kind, pattern):
             return kind
         if self._is_estimable(pattern):
+            why = self._whole or (
+                "its calls are known, and its layers split, from the second step on"
+                if self._is_pair(pattern)
+                else f"this pipeline asks for {pattern.count} stream(s) in {len(pattern.slots)} call(s) a step, not "
+                "for uncond and cond of one denoiser that may be evaluated apart"
+            )
             self.setting.warn(
-                f"hybrid-cond: this pipeline asks for {pattern.count} stream(s) in {len(pattern.slots)} call(s) a "
-                "step, and a PIPELINED step needs uncond and cond, in this order, in one that may be evaluated by "
-                "branches: such steps are FULL. Use --hybrid_kinds FS."
+                f"hybrid-cond: steps that would be PIPELINED are FULL, since {why}. Use --hybrid_kinds FS."
             )
         return FULL
 
     def _fits(self, kind: StepKind, pattern: Pattern) -> bool:
         """Whether a step of these streams can be of a kind."""
-        is_split = self._executor is not None
-        is_pair = is_split and len(pattern.slots) == 1 and pattern.count == 2 and self.engine.cond == 1
-        return kind is FULL or (self._is_estimable(pattern) and (kind is SKIPPED or is_pair))
+        is_split = self._executor is not None and self._executor.is_ready and self._is_pair(pattern)
+        return kind is FULL or (self._is_estimable(pattern) and (kind is SKIPPED or is_split))
+
+    def _is_pair(self, pattern: Pattern) -> bool:
+        """Whether the streams are uncond and cond of one denoiser, each some rank's."""
+        slots = pattern.slots
+        is_one = all(slot.kind[0] == slots[0].kind[0] and slot.owners is not None for slot in slots)
+        return is_one and pattern.count == 2 and self.engine.cond in (0, 1)
 
     def _is_estimable(self, pattern: Pattern) -> bool:
         """Whether there is something to estimate the streams from."""
@@ -255,8 +266,9 @@ class Run:
         """Evaluate a FULL step whose calls are foretold; by stream."""
         streams, executor = self.setting.streams, self._executor
         self._foretold = pattern.foretell(call)
-        if executor is not None and executor.stages > 2:
-            outputs = self._staged(call, pattern.structures)
+        if isinstance(executor, More):
+            self._branches = _branches(self._foretold, executor.cond)
+            outputs = self._staged(executor, pattern.structures)
         else:
             if executor is not None:
                 executor.now = self.time(self.step)
@@ -279,11 +291,12 @@ class Run:
         """What to hand the pipeline on a PIPELINED step."""
         with self.signals.together():
             self.signals.read()  # a rank that has left takes no part in this step
-            self._branches = _branches(call)
+            assert self._executor is not None
+            self._branches = _branches(pattern.foretell(call), self._executor.cond)
             pred = self._evaluate_once(self.step)
         return self.engine.pipelined(pred)
 
-    def _evaluate_once(self, step: int) -> torch.Tensor:
+    def _evaluate_once(self, step: int) -> list[torch.Tensor]:
         """This rank's part of a PIPELINED step, with the arguments that it has last seen; the prediction."""
         assert self._executor is not None
         return self._executor.pipelined(
@@ -294,23 +307,19 @@ class Run:
             extrapolate=self._rule.extrapolates_boundary,
         )
 
-    def _staged(self, call: Call, structures: list[Structure]) -> list[Any]:
+    def _staged(self, executor: More, structures: list[Structure]) -> list[Any]:
         """Both branches' predictions through the ranks' stages, in nests of these structures."""
-        executor = self._executor
-        assert executor is not None
-        self._branches = _branches(call)
         self._read()
         with self.signals.together():
             exchange = executor.full(
                 self._branches,
-                self.signals.header(call, RUNNING),
+                self.signals.header(self.now.calls[0], RUNNING),
                 self.time(self.step),
                 extrapolate=self._rule.extrapolates_boundary,
             )
         self.now.has_exchanged = True
         self.signals.send(self.step, exchange.headers)
-        predictions = (exchange.pred_u, exchange.pred_c)
-        return [structure.fill([pred]) for structure, pred in zip(structures, predictions, strict=True)]
+        return [structure.fill(pred) for structure, pred in zip(structures, exchange.predictions, strict=True)]
 
     # A step that is learnt.
 
@@ -320,6 +329,8 @@ class Run:
             self.engine.kind()  # a policy is asked on every step
         self._kind_now = FULL
         self._attention = attention_of(call.denoiser)
+        self._release_executor()
+        self._whole = ""
         streams = self.setting.streams
         earlier = next((pattern for pattern in self.setting.earlier if pattern.slots[0].kind == call.kind), None)
         if earlier is not None and streams.comm.size > 1:
@@ -332,12 +343,13 @@ class Run:
         owners = None
         if coupling is Coupling.COUPLED:
             self._warn_whole(call, "its attention processors (perturbed-attention guidance) cut the batch themselves")
-            self._release_executor()
         else:
-            self._executor = self._prepare(call, count)
             owners = deal([1.0] * count, streams.ranks) if count > 1 else None
-        if self._executor is not None and self._executor.stages > 2:
-            found = self._staged(call, [self._executor.anatomy.structure(call)] * count)
+            if count == 2 and owners is not None:  # most batches are [uncond, cond]
+                self._prepare(_branches([Asked(call, count)], cond=1), owners[1], cond=1)
+        if isinstance(self._executor, More):
+            structure = self._executor.anatomy.counted(self._branches["cond"]).structure
+            found = self._staged(self._executor, [structure] * count)
         else:
             owners, found = self._learn_apart(call, count, owners)
         if coupling is Coupling.UNKNOWN and owners is not None:
@@ -422,37 +434,55 @@ class Run:
             if promise is not None:
                 outputs[0] = promise.keep()
 
-    def _prepare(self, call: Call, count: int) -> Executor | None:
-        """The executor, where steps of the run may be PIPELINED or FULL ones have stages."""
+    def _prepare(self, branches: dict[Branch, Call], owner: int, cond: int) -> None:
+        """Begin with the executor, where steps of the run may be PIPELINED or FULL ones have stages.
+
+        Args:
+            branches: a call of each.
+            owner: rank that evaluates cond on FULL steps.
+            cond: number of its stream.
+        """
         executor = self.setting.executor
-        may_pipeline = self.engine.policy.may_pipeline
-        if executor is None or count != 2 or call.is_listed or not (may_pipeline or executor.stages > 2):
-            return None
-        if getattr(call.denoiser, "_orig_mod", call.denoiser) is not executor.anatomy.denoiser:
-            with self.signals.together():
-                raise ValueError(
-                    "hybrid-cond: the pipeline has another denoiser than when it was applied, whose layers it was to "
-                    "split: call apply_hybrid again."
-                )
-        if is_compiled(call.denoiser):
+        if executor is None or not (self.engine.policy.may_pipeline or executor.stages > 2):
+            return
+        denoiser = branches["cond"].denoiser
+        name = type(getattr(denoiser, "_orig_mod", denoiser)).__name__
+        if is_compiled(denoiser):
             self.setting.warn(
-                f"hybrid-cond: where layers are split, the {type(executor.anatomy.denoiser).__name__} is evaluated as "
-                "it is, though it is compiled as a whole. Compile its blocks instead: "
-                "block.forward = torch.compile(block.forward), or use --hybrid_kinds FS."
+                f"hybrid-cond: where layers are split, the {name} is evaluated as it is, though it is compiled as a "
+                "whole. Compile its blocks instead: block.forward = torch.compile(block.forward), or use "
+                "--hybrid_kinds FS."
             )
-        if moves := moving_weights(call.denoiser):
+        if moves := moving_weights(denoiser):
             with self.signals.together():
                 raise ValueError(
-                    f"hybrid-cond cannot split the layers of a {type(call.denoiser).__name__} whose weights are moved "
+                    f"hybrid-cond cannot split the layers of a {name} whose weights are moved "
                     f"or cast when a module is called ({', '.join(moves)}): use --hybrid_kinds FS, or take that off."
                 )
         config = self.setting.config
         is_timed = config.balance != "flops" and config.cuda_graphs is not False and self.setting.streams.across is None
-        self._branches = _branches(call)
+        mixes = self._rule.stage0_branch == "uncond"
         with self.signals.together():
-            executor.begin(self._branches["cond"], is_timed)
-        executor.now = self.time(self.step)
-        return executor
+            self._whole = executor.begin(branches, cond, owner, mixes=mixes, is_timed=is_timed) or ""
+        if not self._whole:
+            self._executor, self._branches = executor, branches
+            executor.now = self.time(self.step)
+        elif executor.stages > 2:
+            self.setting.warn(f"hybrid-cond: the layers of a {name} are not split, since {self._whole}.")
+
+    def _prepare_later(self, pattern: Pattern, calls: list[Call]) -> None:
+        """The same at the end of the step from which the streams are known, where the batch did not tell it before."""
+        cond = self.engine.cond
+        if self._executor is not None and self._executor.cond == cond:
+            return
+        self._release_executor()
+        if self._whole or not self._is_pair(pattern):
+            return
+        owners = [owner for slot in pattern.slots for owner in slot.owners or ()]
+        assert cond is not None
+        self._prepare(_branches(pattern.ask(calls), cond), owners[cond], cond)
+        if isinstance(self._executor, More):
+            self._executor.count_whole()
 
     def _warn_whole(self, call: Call, why: str) -> None:
         if self.setting.streams.ranks > 1:
@@ -529,6 +559,10 @@ class Run:
             self.engine.cost(self._kind_now, count, pattern.load(self.setting.streams.ranks) if pattern else 1)
             first_cond = 0 if len(now.calls) > 1 else count - 1
             self.engine.end_step(output, sample, is_estimable, first_cond)
+        if self._executor is not None and self._kind_now is FULL:
+            self._executor.is_ready = True
+        if pattern is not None and is_new and is_estimable and self.step < self.num_steps:
+            self._prepare_later(pattern, now.calls)
         return self.step == self.num_steps
 
     def _plan_again(self, timestep: Any, extra: dict[str, Any]) -> None:
@@ -593,8 +627,8 @@ class Run:
             asked = promised.ask([self.now.calls[0]] * len(promised.slots))
             headers = streams.leave(asked, promised.structures_by_call, torch.tensor([0, LEFT], device=self._device))
             return set(headers[:, 1].tolist()) == {LEFT}
-        if self._executor is not None and self._executor.stages > 2:
-            return self._leave_stages(step - (self.now.calls != [] and not self.now.has_exchanged))
+        if isinstance(self._executor, More):
+            return self._leave_stages(self._executor, step - (self.now.calls != [] and not self.now.has_exchanged))
         if not (self.now.calls and self._kind_now is FULL and not self.now.has_exchanged):
             # The others make further steps before they exchange anything; PIPELINED ones need this rank's part.
             while step < self.num_steps and (kind := self._foreseen(step)) is not FULL:
@@ -611,10 +645,9 @@ class Run:
             statuses = streams.leave(self._foretold, pattern.structures_by_call, header)
         return set(statuses[:, 1].tolist()) == {LEFT}
 
-    def _leave_stages(self, step: int) -> bool:
+    def _leave_stages(self, executor: More, step: int) -> bool:
         """Leave a run of more than two stages: the others read on one FULL step what was said on the one before."""
-        executor, streams = self._executor, self.setting.streams
-        assert executor is not None
+        streams = self.setting.streams
         header, full_steps = torch.tensor([0, LEFT], device=self._device), 0
         while step < self.num_steps and full_steps < 2:
             kind = self._foreseen(step)
@@ -652,9 +685,10 @@ class Run:
                 earlier.append(pattern.bare())
 
 
-def _branches(call: Call) -> dict[Branch, Inputs]:
-    """The arguments of each branch, batch B, from those of both, batch 2B in the order uncond, cond."""
-    return {"uncond": part(call, 0, 2).inputs, "cond": part(call, 1, 2).inputs}
+def _branches(asked: list[Asked], cond: int) -> dict[Branch, Call]:
+    """A call of each branch, batch B, from those of a step; ``cond`` is the number of its stream."""
+    streams = [part(one.call, i, one.count) for one in asked for i in range(one.count)]
+    return {"uncond": streams[1 - cond], "cond": streams[cond]}
 
 
 def _differ(whole: list[Any], apart: list[Any], structure: Structure) -> bool:

@@ -82,7 +82,7 @@ SPLITS = pytest.mark.parametrize(
 
 
 @pytest.mark.parametrize(
-    ("fields", "pieces"), [({"policy": "cfg"}, [1]), ({"plan": PLAN, "guidance": "deferred"}, [3])], ids=["cfg", "plan"]
+    ("fields", "pieces"), [({"policy": "cfg"}, [1]), ({"plan": PLAN, "guidance": "deferred"}, [4])], ids=["cfg", "plan"]
 )
 @SPLITS
 def test_split_tokens_are_the_oracle(pair, flags, dtype, tolerance, fields, pieces):

@@ -1,10 +1,10 @@
 """Stages as data, found from the structure of the denoiser and balanced by cost: counted FLOPs or measured time.
 
-A denoiser is read as a list of *units* (a patch embedding, a resnet, an attention, a transformer block ...) that are
-run in order on an activation. A *stage* is what one rank evaluates of the network; it has one *segment* (a run of
-units) or, in a U-Net, two. Two shapes, here with three stages:
+A denoiser is read as a list of *units* (a transformer block, a resnet, an attention ...) that are evaluated in order. A
+*stage* is what one rank evaluates of the network; it has one *segment* (a run of units) or, in a U-Net, two. Two
+shapes, here with three stages:
 
-    MMDiT   stage 0  [front]                     U-Net   stage 0                [inner]
+    blocks  stage 0  [front]                     U-Net   stage 0                [inner]
                          \\ 1                                               0 /         \\ 1
             stage 1       [middle]                       stage 1         [down]            [up]
                                  \\ 1                                 0 /                      \\ 1
@@ -12,7 +12,8 @@ units) or, in a U-Net, two. Two shapes, here with three stages:
 
 The number on an edge is the **age in steps of the boundary** that crosses there, on a PIPELINED step:
 
-* MMDiT: each stage of step i reads the boundary (image and text tokens) that the stage before made on step i-1: age 1.
+* Blocks: each stage of step i reads the boundary (such as image and text tokens) that the stage before made on step
+  i-1: age 1.
 * U-Net: the stages are nested. A down part of step i reads the features that the next outer stage made on step i: age
   0. An up part of step i reads what the next inner stage made on step i-1: age 1. A stage's skips are its own, of step
   i. Sending the features costs nothing on the critical path: it skews the stages (each begins a step when the next
@@ -63,15 +64,13 @@ Shape = tuple[torch.Size, torch.dtype]
 
 @dataclass(frozen=True)
 class Partition:
-    """The segments of a PIPELINED step in forward order, and the FLOPs of each stage's share.
+    """The segments of a PIPELINED step in forward order, and the FLOPs of each stage's share (or what stood for them).
 
     The last segment is of the last stage, and ends in the prediction.
     """
 
     segments: tuple[Segment, ...]
     flops: tuple[int, ...]
-    shapes: tuple[tuple[Shape, ...], ...]  # of the boundary after each unit
-    prediction: Shape
 
     @property
     def cut(self) -> int:
@@ -79,8 +78,10 @@ class Partition:
         return self.segments[-1].start - 1
 
 
-#: Slower shares of a partition, as measured, that are no reason to choose it.
+#: Relative difference in measured time below which two partitions count as equally fast.
 ALIKE = 0.02
+#: Largest share of the whole that a stage may have. A larger one is split in name only.
+MOST = 0.9
 
 
 def best_nest(
@@ -90,6 +91,7 @@ def best_nest(
     flops: Sequence[int],
     seconds: Sequence[float] | None,
     shapes: Sequence[tuple[Shape, ...]],
+    again: Sequence[frozenset[int]],
 ) -> tuple[Region, ...]:
     """The regions of the first stage, the first two, ... all of them.
 
@@ -100,12 +102,14 @@ def best_nest(
         flops: of each unit.
         seconds: of each unit, if they are measured.
         shapes: of the boundary after each unit.
+        again: units before each one that a stage which begins there evaluates too.
 
     Raises:
         ValueError: there are too few units for so many stages.
     """
     costs: list[Sequence[float]] = [flops] if seconds is None else [seconds, flops]
     before = [[0, *itertools.accumulate(cost)] for cost in costs]
+    repeated = [[sum(cost[unit] for unit in units) for units in again] for cost in costs]
     limits = [math.inf] * len(costs)  # of a stage, for each kind of cost
     whole = Region(0, len(shapes))
 
@@ -125,8 +129,8 @@ def best_nest(
                 if not _is_inside(region, outer):
                     continue
                 shares = [
-                    cost - sums[region.stop] + sums[region.start]
-                    for cost, sums in zip(whole_costs, before, strict=True)
+                    cost - sums[region.stop] + sums[region.start] + more[region.stop]
+                    for cost, sums, more in zip(whole_costs, before, repeated, strict=True)
                 ]
                 if _fits(shares, limits) and (nest := within(region, stages - 1)):
                     largest = tuple(map(max, nest.largest, shares))
@@ -134,10 +138,10 @@ def best_nest(
             return min(found, key=aim, default=None)
 
         nest = within(whole, stages)
-        if nest is None:
+        if nest is None or nest.largest[0] > MOST * before[0][-1]:
             raise ValueError(
-                f"stages={stages} (--hybrid_stages): this {denoiser} is too shallow to be cut "
-                f"into {stages} stages: lower it."
+                f"stages={stages} (--hybrid_stages): this {denoiser} is too shallow to be cut into {stages} stages, or "
+                "its layers read one another's outputs: lower it, or use --hybrid_kinds FS."
             )
         return nest
 

@@ -1,11 +1,11 @@
-"""Which family is a denoiser of?"""
+"""How is a denoiser read?"""
 
 from __future__ import annotations
 
 from torch import nn
 
 from .anatomy import Anatomy
-from .blocks import MMDiT
+from .blocks import Blocks
 from .unet import UNet
 
 
@@ -13,13 +13,15 @@ def read(denoiser: nn.Module) -> Anatomy:
     """Read a denoiser's structure.
 
     Raises:
-        ValueError: the structure is neither an SD3-type MMDiT's nor a Stable Diffusion U-Net's.
+        ValueError: it is no Stable Diffusion U-Net, and has no lists of blocks.
     """
-    for anatomy in (MMDiT, UNet):
-        if all(hasattr(denoiser, part) for part in anatomy.parts):
-            return anatomy(denoiser)
+    if all(hasattr(denoiser, part) for part in UNet.parts):
+        return UNet(denoiser)
+    blocks = Blocks(denoiser)
+    if blocks.modules:
+        return blocks
     raise ValueError(
-        f"hybrid-cond does not understand the structure of {type(denoiser).__name__}: it splits SD3-type MMDiTs "
-        f"({', '.join(MMDiT.parts)}) and Stable Diffusion U-Nets ({', '.join(UNet.parts)}). Where no step is PIPELINED "
+        f"hybrid-cond does not understand the structure of {type(denoiser).__name__}: it splits models made of lists "
+        f"of blocks, and Stable Diffusion U-Nets ({', '.join(UNet.parts)}). Where no step is PIPELINED "
         "(--hybrid_kinds FS) and there are two stages, any denoiser runs; else use xDiT's --parallel cfg."
     )
