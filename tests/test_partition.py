@@ -78,7 +78,7 @@ def segments(denoiser, given: dict) -> list[tuple]:
 
 DENOISERS = {
     "sd3": lambda: tiny.sd3().transformer,
-    "sd3 of odd depth": lambda: tiny.sd3(layers=3).transformer,
+    "sd3 of odd depth": lambda: tiny.sd3(num_layers=3).transformer,
     "sd3.5": lambda: tiny.mmdit(dual_attention_layers=(0, 1, 2), qk_norm="rms_norm"),
     "sdxl": lambda: tiny.sdxl().unet,
     "sd15": lambda: tiny.sd15().unet,
