@@ -70,8 +70,10 @@ def cached_steps(pipe: Any, model: str, steps: int) -> Iterator[None]:
 
     preset = MODEL_REGISTRY[model].settings.step_cache_config["dbcache"]
     apply_cache("dbcache", steps, pipe, preset_kwargs=preset.preset, adapter_config=preset.adapter)
-    yield
-    import_module("cache_dit").disable_cache(pipe)
+    try:
+        yield
+    finally:
+        import_module("cache_dit").disable_cache(pipe)
 
 
 @cache
