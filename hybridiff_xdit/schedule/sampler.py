@@ -28,7 +28,8 @@ class Sampler(NamedTuple):
             flow matching it is ``sigma_{i+1} - sigma_i``, for noise prediction with DDIM proportional to the step in
             ``sqrt((1 - abar) / abar)``; 0 for a prediction that only finds an intermediate point.
         weights: the size of the gain in units of the denoiser's input, whose scale is about one with every scheduler:
-            by how much the input of a step would have to change to change the final sample as much.
+            by how much the input of a step would have to change to change the final sample as much; or that of the next
+            prediction, if it is larger.
     """
 
     times: tuple[float, ...]
@@ -109,6 +110,8 @@ def _read(key: _Key) -> Sampler:
         )
     kept = (coasted - silent) / (coasted_inputs - silent_inputs)  # of a change of an input, in the final sample
     weights = torch.where(kept == 0, gains, gains / kept).abs()
+    # A prediction that only finds an intermediate point has no gain, and does as much as the one that it is found for.
+    weights = torch.maximum(weights, torch.cat([weights[1:], weights[-1:]]))
     return Sampler(run, tuple(gains.tolist()), tuple(weights.tolist()))
 
 
