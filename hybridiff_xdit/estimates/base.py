@@ -35,6 +35,8 @@ class Rule:
     stage0_branch: Branch = "cond"
     #: Whether the rule can do without an evaluation (SKIPPED steps).
     estimates = False
+    #: Whether `bend` tells anything.
+    tells_bend = False
     #: Whether a stage reads the straight line through the last two old boundaries at its own time, or the last one.
     extrapolates_boundary = False
     needs_sampler = False

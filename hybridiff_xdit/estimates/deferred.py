@@ -60,6 +60,7 @@ class Deferred(Reuse):
     """See the module."""
 
     summary = "estimates fitted to the run; the next FULL step corrects what they missed"
+    tells_bend = True
     extrapolates_boundary = True
     needs_sampler = True
     _memory = 4  # three for the curves, and one more for the fit of their bends
