@@ -207,7 +207,7 @@ class AdaptivePolicy:
             ValueError: the discrepancy is nan or infinite.
         """
         check_finite(step, discrepancy)
-        if bend is not None and all(map(math.isfinite, bend)) and any(bend):
+        if bend is not None and all(map(math.isfinite, bend)) and bend.cond > 0:  # divided by
             self._bends[step] = bend
 
     def kind(self, step: int, guidance: float = 1.0) -> StepKind:
