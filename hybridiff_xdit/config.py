@@ -46,7 +46,7 @@ class HybridConfig(FixedSettings, PaperSettings, AdaptiveSettings):
     guidance: str | None = option(
         "What stands for predictions that are not evaluated. "
         + " ".join(f"{name}: {rule.summary}." for name, rule in RULES.items())
-        + " Default: mixed with paper, else deferred.",
+        + " Default: mixed with paper, else deferred. Policy adaptive needs deferred.",
         choices=list(RULES),
     )
     stages: int = option(
