@@ -181,7 +181,7 @@ def drift(step, fields):
         (3, {"plan": PLAN, "guidance": "reuse"}, 6),
         (3, {"plan": "FFFSSSFPFF"}, 6),
         (4, {"plan": "FFFPSSSPFF"}, 8),
-        (1, {"speedup": 2.6}, 2),
+        (1, {"speedup": 2.2}, 2),
     ],
     ids=str,
 )

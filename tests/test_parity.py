@@ -26,8 +26,8 @@ SKIPPING = {
 
 #: Ways to let the adaptive policy choose.
 ADAPTIVE = [
-    {"speedup": 2.6},
-    {"speedup": 2.3, "kinds": "FP"},
+    {"speedup": 2.2},
+    {"speedup": 2.1, "kinds": "FP"},
     {"tolerance": 1.0},
     {"tolerance": 1.0, "kinds": "FP"},
     {"tolerance": 1.0, "kinds": "FPS"},

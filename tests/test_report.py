@@ -120,7 +120,7 @@ TYPES = {
         dict(plan="FFPPPSPSFF"),
         dict(policy="cfg"),
         dict(policy="paper", interval=2, tau_cap=5),
-        dict(speedup=2.6, kinds="FS"),
+        dict(speedup=2.2, kinds="FS"),
     ],
     ids=str,
 )

@@ -173,7 +173,9 @@ def test_is_what_moving_one_prediction_does(case, start):
     close(found.gains, [one[-1] - plain[-1] for one in moved])
     shifted = oracle.samples(scheduler, count, start=2.0, **extra)
     kept = [(shifted[-1] - plain[-1]) / (shifted[i] - plain[i]) for i in range(count)]
-    close(found.weights, at_least_the_next([abs((one[-1] - plain[-1]) / k) for one, k in zip(moved, kept, strict=True)]))
+    close(
+        found.weights, at_least_the_next([abs((one[-1] - plain[-1]) / k) for one, k in zip(moved, kept, strict=True)])
+    )
 
 
 def begun(scheduler, start):
