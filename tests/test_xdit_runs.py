@@ -76,7 +76,7 @@ def test_sdxl_with_prompts_and_images_is_plain_diffusers(results):
 @pytest.mark.parametrize("name", ["sd3", "sdxl"])
 def test_pipelined_steps_are_taken(results, name):
     full, fixed = results[1][name, "cfg"], results[1][name, "fixed"]
-    assert fixed[1]["plan"] == "FFPPFPFF"
+    assert fixed[1]["plan"] == "FFPPFPFFFF"
     assert fixed[1]["model"] == name
     assert not torch.equal(full[0], fixed[0])
     assert (full[0] - fixed[0]).abs().max() < full[0].abs().max()

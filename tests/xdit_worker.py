@@ -15,7 +15,7 @@ from xfuser.core.distributed import get_runtime_state, get_world_group
 
 CONFIGS = {
     "cfg": HybridConfig(policy="cfg"),
-    "fixed": HybridConfig(plan="FFPPFPFF", guidance="reuse"),
+    "fixed": HybridConfig(plan="FFPPFPFFFF", guidance="reuse"),
     "adaptive": HybridConfig(speedup=2.2, kinds="FS"),
 }
 
