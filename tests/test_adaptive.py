@@ -118,12 +118,6 @@ def test_guidance_that_grows_ends_a_group():
         assert plan[: at + 1] == plain[: at + 1] and plan[at + 1] == kind
 
 
-def test_a_target_gets_back_what_a_group_that_ended_early_does_not_save():
-    for at in range(10, 40):
-        plan = plan_of(50, speedup=2.7, w=lambda step, at=at: 4.0 + (step > at))
-        assert 13 <= saved(plan) < 14
-
-
 def test_only_the_kinds_that_are_allowed():
     for kinds in KINDS:
         assert set(plan_of(50, tolerance=0.05, kinds=kinds)) <= set(kinds)
