@@ -118,11 +118,6 @@ def test_guidance_that_grows_ends_a_group():
         assert plan[: at + 1] == plain[: at + 1] and plan[at + 1] == kind
 
 
-def test_a_target_gets_back_what_a_group_that_ended_early_does_not_save():
-    plan = plan_of(50, speedup=2.5, w=lambda step: 4.0 + (step > 25))
-    assert saved(plan) == 10
-
-
 def test_only_the_kinds_that_are_allowed():
     for kinds in KINDS:
         assert set(plan_of(50, tolerance=0.05, kinds=kinds)) <= set(kinds)

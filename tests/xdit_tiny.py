@@ -63,12 +63,12 @@ def _tokenizer() -> CLIPTokenizer:
 
 #: What the tests call the pipelines with, by checkpoint.
 CALLS = {
-    "sd3": {"prompt": "a cat", "negative_prompt": "ugly", "num_inference_steps": 10, "guidance_scale": 7.0},
+    "sd3": {"prompt": "a cat", "negative_prompt": "ugly", "num_inference_steps": 8, "guidance_scale": 7.0},
     "sdxl": {
         "prompt": ["a cat", "two dogs"],
         "negative_prompt": ["ugly", "grey"],
         "num_images_per_prompt": 2,
-        "num_inference_steps": 10,
+        "num_inference_steps": 8,
         "guidance_scale": 5.0,
     },
 }
