@@ -190,7 +190,7 @@ def quick(family: str) -> list[tuple[Cell, Point]]:
     main, other = Cell(steps=10), Cell(steps=8, guidance=3.0, solver="second")
     half = Cell(steps=10, dtype="bfloat16")
     work = [
-        (main, one_gpu(main) + targets((2.1, 2.5), shown=2.5) + fewer((9, 8, 7), shown=8)),
+        (main, one_gpu(main) + targets((2.1, 2.2), shown=2.2) + fewer((9, 8, 7), shown=8)),
         (main, tolerances((TOLERANCE, 4 * TOLERANCE), shown=TOLERANCE) + paper(family, main, (1, 2))),
         (main, fixed(["4-9/2"]) + fixed(["4-9/2"], "reuse") + paper(family, main, [1], "none")),
         (main, [Point("both branches", 2, BothBranches(2))]),

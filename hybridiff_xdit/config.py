@@ -46,7 +46,7 @@ class HybridConfig(FixedSettings, PaperSettings, AdaptiveSettings):
     guidance: str | None = option(
         "What stands for predictions that are not evaluated. "
         + " ".join(f"{name}: {rule.summary}." for name, rule in RULES.items())
-        + " Default: mixed with paper, else deferred.",
+        + " Default: mixed with paper, else deferred. Policy adaptive needs deferred.",
         choices=list(RULES),
     )
     stages: int = option(
@@ -86,10 +86,8 @@ class HybridConfig(FixedSettings, PaperSettings, AdaptiveSettings):
                         setting.name, f"it has no effect with --hybrid_policy {policy}: drop it, or use {name}"
                     )
         chosen, rule = POLICIES[policy], RULES[str(self.guidance)]
-        if chosen.needs_estimates and not rule.estimates:
-            self._refuse(
-                "guidance", f"it estimates no guidance whose error {policy} could bound: use deferred or reuse"
-            )
+        if chosen.needs_bends and not rule.tells_bend:
+            self._refuse("guidance", f"it does not tell how predictions bend, by which {policy} decides: use deferred")
         for name, value in chosen.settings.check(self, self._refuse).items():
             object.__setattr__(self, name, value)
         if self.plan is not None and not rule.estimates and ("S" in self.plan):

@@ -17,7 +17,7 @@ from .estimates.base import Rule
 from .estimates.rules import RULES
 from .estimates.weights import Guidance, Weights, dots, plain, solve
 from .evaluate.calls import Structure
-from .schedule.discrepancy import Trial, rel_mae
+from .schedule.discrepancy import Bend, rel_mae
 from .schedule.plan import FULL, PIPELINED, SKIPPED, Plan, Policy, StepKind
 from .schedule.sampler import Sampler
 
@@ -50,14 +50,14 @@ class Engine:
         self._kind = FULL
         self._asked, self._done = 0, 0.0  # evaluations so far of one GPU, and of the busiest rank
         self.discrepancy: list[tuple[int, float]] = []
-        self.trials: list[tuple[int, list[Trial]]] = []
+        self.bends: list[tuple[int, Bend]] = []
         self._structures: list[Structure] = []
         self._rules: list[Rule] | None = None  # one a tensor of a prediction
         self._guidance: list[Guidance] = []
         self._begun: list[Any] | None = None  # streams of the FULL step with which the estimators begin
         self._handed: list[Any] = []  # streams of the present step, as the pipeline got them
         self._scheduled: int | None = None  # number of the tensor that the run's scheduler gets
-        self._measured: list[tuple[_Unread, list[float]]] = []
+        self._measured: list[_Unread] = []
         self._weighed: list[_Unread] = []
 
     @property
@@ -77,7 +77,7 @@ class Engine:
 
     def kind(self, step: int | None = None) -> StepKind:
         """Kind of the present step, or of a later one up to the next FULL step, as the policy has it."""
-        if self._measured and self.policy.reads_discrepancy(self._measured[-1][0].step):
+        if self._measured and self.policy.reads_discrepancy(self._measured[-1].step):
             self.read(keep=self.policy.lag)
         most = max((guidance.most for guidance in self._guidance), default=1.0)
         return self.policy.kind(self.step if step is None else step, most)
@@ -155,14 +155,15 @@ class Engine:
             ValueError: predictions are not finite.
         """
         while len(self._measured) > keep:
-            (step, values, arrival), distances = self._measured.pop(0)
-            discrepancy, *errors = from_host(values, arrival)
-            trials = list(map(Trial, distances, errors[::2], errors[1::2]))
+            step, values, arrival = self._measured.pop(0)
+            discrepancy, *measured = from_host(values, arrival)
+            bend = Bend(*measured) if measured else None
             if len(self._structures) > 1:
                 self.discrepancy.append((step, discrepancy))
-            self.trials.append((step, trials))
+            if bend is not None:
+                self.bends.append((step, bend))
             if self.policy.reads_discrepancy(step):
-                self.policy.observe(step, discrepancy, trials)
+                self.policy.observe(step, discrepancy, bend)
 
     def read_weights(self) -> None:
         """Bring the weights of all steps so far to the host. A GPU must have work to do meanwhile."""
@@ -177,9 +178,7 @@ class Engine:
         return {
             "plan": str(plan),
             "discrepancy": [[step, _finite(value)] for step, value in self.discrepancy],
-            "trials": [
-                [step, [list(map(_finite, trial)) for trial in trials]] for step, trials in self.trials if trials
-            ],
+            "bends": [[step, *map(_finite, bend)] for step, bend in self.bends],
             "tau_1": self.policy.tau_1,
             "tau_2": self.policy.tau_2,
             "speedup_bound": self._asked / self._done if stages == 2 else plan.speedup_bound(stages),
@@ -213,14 +212,12 @@ class Engine:
         assert self._rules is not None
         step = self.step if step is None else step
         columns = self._columns(streams)
-        trials: list[Trial] = []
-        if self.policy.reads_trials:
-            found = [rule.trials(step, column) for rule, column in zip(self._rules, columns, strict=True)]
-            for tries in zip(*found, strict=True):
-                worst = (torch.stack(errors).max() for errors in zip(*(one[1:] for one in tries), strict=True))
-                trials.append(Trial(tries[0].distance, *worst))
-        values = [self._spread(columns), *(error for trial in trials for error in trial[1:])]
-        self._measured.append((_Unread(step, *to_host(torch.stack(values))), [trial.distance for trial in trials]))
+        values = [self._spread(columns)]
+        if self.policy.reads_bends:
+            bends = [rule.bend(step, column) for rule, column in zip(self._rules, columns, strict=True)]
+            found = [bend for bend in bends if bend is not None]
+            values += [torch.stack(parts).max() for parts in zip(*found, strict=True)]  # of the tensor that bends most
+        self._measured.append(_Unread(step, *to_host(torch.stack(values))))
         return [rule.full(step, column) for rule, column in zip(self._rules, columns, strict=True)]
 
     def _spread(self, columns: list[Tensors]) -> torch.Tensor:

@@ -384,8 +384,8 @@ def finite_differences(scheduler, first):
     return times, [samples(scheduler, len(times), bumped)[-1] - plain for bumped in range(len(times))]
 
 
-def samples(scheduler, count, bumped=None, **extra):
-    """The denoiser's input after each of the last ``count`` steps of a run by a copy; the sample at the end.
+def samples(scheduler, count, bumped=None, start=1.0, **extra):
+    """The denoiser's input on each of the last ``count`` steps of a run by a copy; the sample at the end.
 
     The predictions are random, but the same in every call; that of step ``bumped``, or of all, is larger by 1.
     """
@@ -397,13 +397,12 @@ def samples(scheduler, count, bumped=None, **extra):
         extra["generator"] = torch.Generator().manual_seed(2)
     predictions = torch.randn(count, generator=torch.Generator().manual_seed(1)).tolist()
     scaled = getattr(fresh, "scale_model_input", lambda x, t: x)
-    x, inputs = torch.ones(1, 1, 1, 1, dtype=torch.float64), []
-    scaled(x, times[0])
+    x, inputs = torch.full((1, 1, 1, 1), start, dtype=torch.float64), []
     for i, t in enumerate(times):
+        inputs.append(scaled(x, t).item())
         prediction = torch.full_like(x, predictions[i] + (i == bumped or bumped == "all"))
         x = fresh.step(prediction, t, x, **extra, return_dict=False)[0]
-        inputs.append((scaled(x, times[i + 1]) if i + 1 < count else x).item())
-    return inputs
+    return [*inputs, x.item()]
 
 
 def start_of(times, first):

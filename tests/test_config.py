@@ -30,7 +30,7 @@ def test_a_plan_implies_fixed_and_deferred():
 
 
 @pytest.mark.parametrize("guidance", ["reuse", "deferred"])
-@pytest.mark.parametrize("fields", [dict(plan="FSPF"), dict(plan="8-48/2S"), dict(kinds="FS")], ids=str)
+@pytest.mark.parametrize("fields", [dict(plan="FSPF"), dict(plan="8-48/2S")], ids=str)
 def test_rules_that_estimate_can_do_without_an_evaluation(fields, guidance):
     assert HybridConfig(**fields, guidance=guidance).guidance == guidance
 
@@ -80,8 +80,9 @@ def test_is_frozen_and_keyword_only():
         (dict(plan="SF"), "--hybrid_plan", "one letter F, P or S a step"),
         (dict(plan="FSF", guidance="mixed"), "--hybrid_guidance", "S in the plan): use deferred or reuse"),
         (dict(plan="8-48/2S", guidance="none"), "--hybrid_guidance", "S in the plan): use deferred or reuse"),
-        (dict(guidance="mixed"), "--hybrid_guidance", "use deferred or reuse"),
-        (dict(policy="adaptive", guidance="none"), "--hybrid_guidance", "use deferred or reuse"),
+        (dict(guidance="mixed"), "--hybrid_guidance", "bend, by which adaptive decides: use deferred."),
+        (dict(speedup=2.5, guidance="reuse"), "--hybrid_guidance", "bend, by which adaptive decides: use deferred."),
+        (dict(policy="adaptive", guidance="none"), "--hybrid_guidance", "adaptive decides: use deferred."),
         (dict(tolerance=0.0), "--hybrid_tolerance", "give a positive number"),
         (dict(tolerance=-0.1), "--hybrid_tolerance", "give a positive number"),
         (dict(tolerance=float("nan")), "--hybrid_tolerance", "give a positive number"),

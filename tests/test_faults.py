@@ -181,7 +181,7 @@ def drift(step, fields):
         (3, {"plan": PLAN, "guidance": "reuse"}, 6),
         (3, {"plan": "FFFSSSFPFF"}, 6),
         (4, {"plan": "FFFPSSSPFF"}, 8),
-        (1, {"speedup": 2.6}, 2),
+        (1, {"speedup": 2.2}, 2),
     ],
     ids=str,
 )
@@ -312,7 +312,7 @@ def not_linear(fields, flag):
     return caught(pipe, "sdxl", fields=fields)
 
 
-@pytest.mark.parametrize("fields", [{}, {"plan": PLAN}, {"tolerance": 1.0, "guidance": "reuse"}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"plan": PLAN}], ids=str)
 @pytest.mark.parametrize("flag", ["clip_sample", "thresholding"])
 def test_a_scheduler_that_clips_is_refused_where_its_gains_are_needed(pair, fields, flag):
     for kind, message, evaluations, _ in pair.run(not_linear, fields or {"policy": "adaptive"}, flag):

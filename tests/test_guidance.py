@@ -179,37 +179,40 @@ def test_what_is_handed_on_has_the_dtype_of_the_predictions(name, dtype):
         assert all(p.dtype == dtype and p.isfinite().all() for p in pair)
 
 
-@pytest.mark.parametrize("name", ["reuse", "deferred"])
-def test_trials_are_what_a_run_with_fewer_full_steps_would_have_missed(name):
-    """Nearest: the estimates of this step. Next: those without the last FULL step, and the same coefficients."""
-    pred_u, pred_c, plan, step = wavy(0), wavy(20), "FFFSF", 6
+def bend_of(steps, predictions):
+    """Largest over the pictures of the root mean square of the second divided difference over three steps."""
+    (x, y, z), (f, g, h) = (TIMES[i] for i in steps), (predictions[i].double().numpy() for i in steps)
+    difference = ((h - g) / (z - y) - (g - f) / (y - x)) / (z - x)
+    return max(np.sqrt((picture**2).mean()) for picture in difference)
+
+
+@pytest.mark.parametrize(("plan", "steps"), [("FF", (0, 1, 2)), ("FFFSF", (2, 4, 6)), ("FFFPPFSF", (5, 7, 9))])
+def test_the_bend_is_the_second_divided_difference_of_the_picture_that_bends_most(plan, steps):
+    pred_u, pred_c = wavy(0), wavy(20)
+    for i in range(len(TIMES)):
+        pred_u[i][1] *= 3
+    deltas = [c - u for u, c in zip(pred_u, pred_c, strict=True)]
+    made, now = rule(), steps[-1]
+    follow(made, plan, pred_u[: len(plan)], pred_c[: len(plan)])
+    found = made.bend(now, [pred_u[now], pred_c[now]])
+    assert found.cond.item() == pytest.approx(bend_of(steps, pred_c), rel=1e-3)
+    assert found.delta.item() == pytest.approx(bend_of(steps, deltas), rel=1e-3)
+
+
+def test_there_is_no_bend_before_two_full_steps_at_other_times():
+    made = rule(times=(1000.0, 900.0, 900.0, 640.0))
+    for step in range(3):
+        assert made.bend(step, [random(step), random(9)]) is None
+        made.full(step, [random(step), random(9)])
+    assert made.bend(3, [random(3), random(9)]).delta > 0
+
+
+@pytest.mark.parametrize("name", ["mixed", "none", "reuse"])
+def test_rules_that_do_not_tell_have_no_bend(name):
     made = rule(name)
-    follow(made, plan, pred_u[:5], pred_c[:5])
-    near, far = made.trials(step, [pred_u[step], pred_c[step]])
-    assert (near.distance, far.distance) == (2, 4)
-    delta, scale = pred_c[step] - pred_u[step], pred_u[step].abs().mean()
-    u, c = made.pipelined(step, pred_c[step])
-    assert near.pipelined.item() == pytest.approx(((delta - (c - u)).abs().mean() / scale).item(), rel=1e-4)
-    u, c = made.skipped(step)
-    guided = pred_c[step] + (W - 1) * delta - (c + (W - 1) * (c - u))
-    assert near.skipped.item() == pytest.approx((guided.abs().mean() / (W - 1) / scale).item(), rel=1e-4)
-    if name == "reuse":
-        older = pred_c[2] - pred_u[2]
-        assert far.pipelined.item() == pytest.approx(((delta - older).abs().mean() / scale).item(), rel=1e-4)
-
-
-def test_there_are_no_trials_before_there_is_something_to_try():
-    made = rule()
-    assert made.trials(0, [random(0), random(1)]) == []
-    made.full(0, [random(0), random(1)])
-    assert len(made.trials(1, [random(2), random(3)])) == 1
-
-
-@pytest.mark.parametrize("name", ["mixed", "none"])
-def test_rules_that_estimate_nothing_have_no_trials(name):
-    made = rule(name)
-    made.full(0, [random(0), random(1)])
-    assert made.trials(1, [random(2), random(3)]) == [] and not made.estimates
+    for step in range(3):
+        made.full(step, [random(step), random(9)])
+    assert made.bend(3, [random(3), random(9)]) is None and not made.tells_bend and rule().tells_bend
 
 
 def test_two_evaluations_at_one_time_are_no_division_by_zero():
@@ -258,13 +261,13 @@ def test_straight_lines_of_any_number_of_streams_are_estimated_without_an_error(
             torch.testing.assert_close(stream, streams[k][i], atol=1e-4, rtol=1e-4)
 
 
-def test_trials_of_three_streams_weigh_each_distance_by_its_largest_weight():
-    streams, made, step = [wavy(10 * k) for k in range(3)], rule("reuse", weights=THREE), 3
-    run(made, "FFF", [stream[:3] for stream in streams], [THREE] * 3)
-    near, _ = made.trials(step, [stream[step] for stream in streams])
-    (s, c, t), (old_s, old_c, old_t) = ([stream[i] for stream in streams] for i in (step, 2))
-    missed = (c - old_c) + 4 * ((c - s) - (old_c - old_s)) + 2.5 * ((c - t) - (old_c - old_t))
-    assert near.skipped.item() == pytest.approx((missed.abs().mean() / 4 / s.abs().mean()).item(), rel=1e-4)
+def test_the_bend_of_three_streams_weighs_each_distance_by_its_largest_weight():
+    streams, made = [wavy(10 * k) for k in range(3)], rule(weights=THREE)
+    run(made, "FF", [stream[:2] for stream in streams], [THREE] * 2)
+    found = made.bend(2, [stream[2] for stream in streams])
+    delta = [(c - s) + 2.5 / 4 * (c - t) for s, c, t in zip(*streams, strict=True)]
+    assert found.cond.item() == pytest.approx(bend_of((0, 1, 2), streams[1]), rel=1e-3)
+    assert found.delta.item() == pytest.approx(bend_of((0, 1, 2), delta), rel=1e-3)
 
 
 def test_what_a_change_of_w_leaves_unpaid_is_paid_on_the_next_full_step():

@@ -71,6 +71,10 @@ def close(found, expected):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
+def at_least_the_next(weights):
+    return np.maximum(weights, [*weights[1:], 0.0])
+
+
 # Against formulas.
 
 
@@ -84,7 +88,7 @@ def test_flow_matching_with_euler(steps):
     found = reading(scheduler)
     close(found.times, 1000 * sigmas[:-1])
     close(found.gains, np.diff(sigmas))
-    close(found.weights, -np.diff(sigmas))
+    close(found.weights, at_least_the_next(-np.diff(sigmas)))
 
 
 def ddim(betas, times, gap, eta):
@@ -95,8 +99,8 @@ def ddim(betas, times, gap, eta):
         before, after = abar[t], abar[t - gap] if t >= gap else 1.0
         s = eta * np.sqrt((1 - after) / (1 - before) * (1 - before / after))
         one_step = np.sqrt(1 - after - s**2) - np.sqrt(after / before) * np.sqrt(1 - before)
-        weights.append(abs(one_step))
         gains.append(one_step / np.sqrt(after))
+        weights.append(abs(gains[-1]) * np.sqrt(before))  # the sample over sqrt(abar) stays what it is
     return gains, weights
 
 
@@ -110,7 +114,7 @@ def test_ddim(spacing, eta):
     gains, weights = ddim(betas, times, 100, eta)
     assert list(found.times) == times
     close(found.gains, gains)
-    close(found.weights, weights)
+    close(found.weights, at_least_the_next(weights))
 
 
 def test_ddim_without_noise_moves_by_the_step_in_noise_over_signal():
@@ -126,7 +130,16 @@ def test_euler_with_noise_prediction():
     sigmas = np.append(np.interp(np.linspace(999, 0, 10), np.arange(1000), np.sqrt((1 - abar) / abar)), 0.0)
     found = reading(scheduler)
     close(found.gains, np.diff(sigmas))
-    close(found.weights, -np.diff(sigmas) / np.sqrt(1 + sigmas[1:] ** 2))  # the input is scaled to unit variance
+    scaled = -np.diff(sigmas) / np.sqrt(1 + sigmas[:-1] ** 2)  # the input has unit variance
+    close(found.weights, at_least_the_next(scaled))
+
+
+@pytest.mark.parametrize("case", ["UniPC", "2M"])
+def test_a_multistep_solver_weighs_about_as_one_of_first_order(case):
+    scheduler, _ = made(case, 50)
+    sigmas = scheduler.sigmas.double().numpy()
+    first_order = -np.diff(sigmas) / np.sqrt(1 + sigmas[:-1] ** 2)
+    np.testing.assert_allclose(reading(scheduler).weights[10:40], first_order[10:40], rtol=0.3)
 
 
 def test_euler_with_v_prediction():
@@ -158,7 +171,11 @@ def test_is_what_moving_one_prediction_does(case, start):
     moved = [oracle.samples(scheduler, count, bumped, **extra) for bumped in range(count)]
     assert list(found.times) == scheduler.timesteps.tolist()[start:]
     close(found.gains, [one[-1] - plain[-1] for one in moved])
-    close(found.weights, [abs(one[i] - plain[i]) for i, one in enumerate(moved)])
+    shifted = oracle.samples(scheduler, count, start=2.0, **extra)
+    kept = [(shifted[-1] - plain[-1]) / (shifted[i] - plain[i]) for i in range(count)]
+    close(
+        found.weights, at_least_the_next([abs((one[-1] - plain[-1]) / k) for one, k in zip(moved, kept, strict=True)])
+    )
 
 
 def begun(scheduler, start):

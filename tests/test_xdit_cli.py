@@ -339,7 +339,7 @@ def test_the_pages_have_the_tables_of_options(page, names):
             dict(policy="paper", interval=7, slope_threshold=1e-3),
         ),
         ("--hybrid_tolerance 0.05 --hybrid-kinds FP", dict(tolerance=0.05, kinds="FP")),
-        ("--hybrid-speedup=2.5 --hybrid_guidance reuse", dict(speedup=2.5, guidance="reuse")),
+        ("--hybrid-speedup=2.5", dict(speedup=2.5)),
         ("--hybrid_plan 8-48/2S", dict(plan="8-48/2S")),
         ("--hybrid_balance flops", dict(balance="flops")),
         ("--hybrid_cuda_graphs off", dict(cuda_graphs=False)),

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from ..schedule.discrepancy import Trial
+from ..schedule.discrepancy import Bend
 from ..schedule.sampler import Sampler
 from .weights import Guidance, plain
 
@@ -33,8 +33,10 @@ class Rule:
     summary = "nothing is estimated"
     #: Whose embeddings uncond's ranks have in their stages.
     stage0_branch: Branch = "cond"
-    #: Whether the rule can do without an evaluation (SKIPPED steps), and tell what its estimates miss (`trials`).
+    #: Whether the rule can do without an evaluation (SKIPPED steps).
     estimates = False
+    #: Whether `bend` tells anything.
+    tells_bend = False
     #: Whether a stage reads the straight line through the last two old boundaries at its own time, or the last one.
     extrapolates_boundary = False
     needs_sampler = False
@@ -55,6 +57,6 @@ class Rule:
         """The streams' predictions of a SKIPPED step, each [B, ...], from FULL steps before it."""
         raise NotImplementedError
 
-    def trials(self, step: int, streams: Sequence[torch.Tensor]) -> list[Trial]:
-        """What the estimates would have missed on this FULL step (call it before `full`), nearest distance first."""
-        return []
+    def bend(self, step: int, streams: Sequence[torch.Tensor]) -> Bend | None:
+        """How the predictions bend on this FULL step (call it before `full`); None where it cannot be told."""
+        return None

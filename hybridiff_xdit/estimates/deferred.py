@@ -44,6 +44,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..schedule.discrepancy import Bend
 from ..schedule.sampler import Sampler
 from .base import Streams
 from .reuse import Known, Reuse
@@ -59,6 +60,7 @@ class Deferred(Reuse):
     """See the module."""
 
     summary = "estimates fitted to the run; the next FULL step corrects what they missed"
+    tells_bend = True
     extrapolates_boundary = True
     needs_sampler = True
     _memory = 4  # three for the curves, and one more for the fit of their bends
@@ -74,6 +76,19 @@ class Deferred(Reuse):
         self._owing: list[int] = []  # steps whose error is not paid back yet
         self._debt: list[torch.Tensor] | None = None  # of the impulses
         self._paid: _Paid | None = None  # on the last FULL step that paid
+
+    def bend(self, step: int, streams: Sequence[torch.Tensor]) -> Bend | None:
+        last = [self._measured(step, streams)]
+        for known in reversed(self._known):
+            if self._times()[known.step] not in {self._times()[other.step] for other in last} and len(last) < 3:
+                last.insert(0, known)
+        if len(last) < 3:
+            return None
+        cond, *deltas = self._bends(last)
+        largest, most = self.guidance.largest, self.guidance.most
+        parts = [weight / most * part for weight, part in zip(largest, deltas, strict=True)]
+        delta = sum(parts, torch.zeros_like(cond))
+        return Bend(*(part.square().flatten(1).mean(1).amax().sqrt() for part in (cond, delta)))
 
     def full(self, step: int, streams: Sequence[torch.Tensor]) -> Streams:
         assert self.sampler is not None

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-from ..schedule.discrepancy import Trial
 from ..schedule.sampler import Sampler
 from .base import Rule, Streams
 from .weights import Guidance
@@ -53,25 +52,6 @@ class Reuse(Rule):
 
     def skipped(self, step: int) -> Streams:
         return self._use(self._estimate(self._known, step), is_evaluated=False)
-
-    def trials(self, step: int, streams: Sequence[torch.Tensor]) -> list[Trial]:
-        now = self._measured(step, streams)
-        largest, most = self.guidance.largest, self.guidance.most
-        scale = (now.cond - now.deltas[0] if now.deltas else now.cond).abs().mean()
-        found = []
-        for back in range(min(2, len(self._known))):
-            known = self._known[: len(self._known) - back]
-            skipped = self._estimate(known, step)
-            missed = (now.cond - skipped.cond) / most
-            for weight, true, estimate in zip(largest, now.deltas, skipped.deltas, strict=True):
-                missed = missed + weight / most * (true - estimate)
-            if len(now.deltas) == 1:
-                evaluated = now.deltas[0] - self._estimate(known, step, now.cond).deltas[0]
-            else:  # nothing is PIPELINED
-                evaluated = missed
-            errors = [error.abs().mean() / scale for error in (evaluated, missed)]
-            found.append(Trial(step - known[-1].step, *errors))
-        return found
 
     def _measured(self, step: int, streams: Sequence[torch.Tensor]) -> Known:
         at = self.guidance.cond

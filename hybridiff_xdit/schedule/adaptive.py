@@ -1,64 +1,64 @@
-r"""The adaptive policy: FULL steps lie as far apart as one tolerance on the predicted guidance error allows.
+r"""The adaptive policy: FULL steps lie as far apart as the error that this costs allows.
 
 A *group* is a FULL step and the :math:`n - 1` steps up to the next one, all PIPELINED (each saves half a forward) or
-all SKIPPED (each saves a whole one).
+all SKIPPED (each saves a whole one). It works as the step-size control of an ODE solver does: what a group cost is
+measured where it ends, and decides how long the next one may be.
 
-**Estimator.** On FULL step :math:`b` both predictions are known, so the guidance rule is asked what it would have
-missed there had it known the FULL steps up to the last one only, and up to the one before that: two errors
-:math:`\rho_1, \rho_2` at distances :math:`m_1 < m_2` in steps, for either kind (`discrepancy.Trial`). The error of an
-estimate is a drift that grows with the distance and a noise that does not (what no history tells of a prediction,
-rounding included):
+**Error of a group.** Over a group from FULL step :math:`a` to FULL step :math:`b` the guidance rule replaces the
+predictions by curves through FULL steps, once :math:`b` is known (`estimates.deferred`). A straight line misses a
+prediction :math:`g` that bends by :math:`g''` by :math:`g'' (t - t_a)(t_b - t) / 2`. On every FULL step the bend is
+measured, as the second divided difference :math:`g''/2` over it and the two FULL steps before, apart for cond
+(:math:`\beta_c`) and for its distance from uncond (:math:`\beta_\delta`), each as the root of the mean square. So the
+group adds to the sample about
 
-.. math:: \rho(m)^2 = k^2 m^2 + \nu^2, \qquad
-          k^2 = \frac{\rho_2^2 - \rho_1^2}{m_2^2 - m_1^2}, \quad \nu^2 = \rho_1^2 - k^2 m_1^2,
+.. math:: E(n) = \sqrt{\beta_c^2 + (w - 1)^2 \beta_\delta^2}
+          \sum_{m=1}^{n-1} W_{a+m} (t_{a+m} - t_a)(t_{a+n} - t_{a+m}),
 
-both kept as running means (weight 1/2 a FULL step) and in units of
+where :math:`W` are the sampler's weights (`Sampler.weights`), in units of the denoiser's input, whose size is about
+one. On PIPELINED steps cond is evaluated, and :math:`\beta_c` does not count. For groups of 2, 3, 4, 5 steps the sum
+grows as 1, 4, 10, 20. Where the FULL step that ends a group cannot pay its debt (`Sampler.carries`), :math:`E^2` counts
+four times. What is not counted: the later stages of a PIPELINED step read what was made of an older input, of which no
+FULL step can tell what it costs. Such steps err more than predicted; by default none is chosen (`DEFAULT_KINDS`).
 
-.. math:: s_i = \frac{T}{i\,(T - i)},
+**What bend to expect.** The last two bends are known up to the FULL step before the last: waiting for the last one's
+would leave a GPU without work. The larger counts; if the later one is larger, it is expected to have grown on. Towards
+the end predictions are smooth in the logarithm of the steps that are left, :math:`r`, so their bend grows as
+:math:`r^{-2}`. A bend belongs to a batch: of several pictures the one that bends most counts.
 
-because over the first and the last part of a run predictions change by the share of the run that has passed, and is
-left: measured on two models of both families, :math:`k / s` is level but for a fall at the start. The guidance error of
-a group is predicted as
-
-.. math:: E(n)^2 = (w - 1)^2 \left[ \Big( \sum_{m=1}^{n-1} V_{b+m}\, m\, k \Big)^2
-          + \sum_{m=1}^{n-1} V_{b+m}^2\, \nu^2 \right], \qquad V_i = \frac{W_i\, s_i}{\sqrt{1 - i/T}}.
-
-:math:`W` are the sampler's weights (`Sampler.weights`), which make it an error of the denoiser's input whatever the
-scheduler and the number of steps; the root is how much of it the picture keeps, since later steps correct part of it
-(measured likewise). What is not counted: the later stages of a PIPELINED step read what was made of an older input, of
-which no FULL step can tell what it costs. Such steps err more than predicted; by default none is chosen
-(`DEFAULT_KINDS`).
-
-**Controller.** Forwards should be saved where that costs least: the sum of :math:`E^2` (errors of groups are
-independent) is to be least for what is saved. So there is one price :math:`\lambda` for all of them, and a group has
-the kind and the length that minimise its net cost per step,
+**Controller.** Forwards should be saved where that costs least. So there is one price :math:`\lambda` of an error, and
+a group has the kind and the length that minimise its net cost per step,
 
 .. math:: \min_{n \ge 1,\ \mathrm{kind}} \frac{\lambda E(n)^2 - S(n)}{n}, \qquad
-          S(n) = \tfrac{n - 1}{2} \text{ or } n - 1 \text{ forwards saved.}
+          S(n) = \tfrac{n - 1}{2} \text{ or } n - 1 \text{ forwards saved,}
 
-On every FULL step the price is set anew, such that the rest of the run, forecast by the laws that are known, spends
-what is left to spend: with a tolerance :math:`\tau`, an error of :math:`\sum E^2 = \tau^2` over the run; with a target
-speed-up, the forwards to save. The laws are those of the FULL step before, :math:`i`: waiting for the present one's
-would leave a GPU without work. If :math:`k / s` has fallen since step :math:`i / 2`, it is expected to fall as much
-again by step :math:`2 i`, so that a run does not start to save while waiting is cheaper. Nothing but the run's own past
-is used. :math:`n = 1` everywhere while the predictions change fast is the warm-up (tau_1 falls out of it), and so is
-the dense end. The last step of a run is FULL. Where the FULL step that ends a group cannot pay its debt
-(`Sampler.carries`), :math:`E^2` counts four times: what is paid back halves an error (measured likewise).
+but it is at most one step longer than the group before it: a bend that was measured over short distances says little
+of long ones. With a tolerance :math:`\tau` the price is :math:`T / \tau^2`: a forward saved may add
+:math:`\tau / \sqrt T`, and a run in which most are saved about :math:`\tau`. With a target speed-up the price is set
+anew on every FULL step, such that the rest of the run saves what is left to save. It is forecast that :math:`E(2)`
+stays what it is, as it does in the middle of a run; but if it has fallen since step :math:`i / 2`, that it falls as
+much again by step :math:`2 i`, so that a run does not start to save while waiting is cheaper. Nothing but the run's own
+past is used. While predictions bend fast the best length is 1, so a run begins with FULL steps by itself. It ends with
+two: what a group that ends with the last step missed would be paid by a prediction that hardly counts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .discrepancy import Trial, check_finite
+from .discrepancy import Bend, check_finite
 from .plan import DEFAULT_KINDS, FULL, PIPELINED, SKIPPED, StepKind, synchronous_steps
 from .sampler import Sampler
 from .settings import Refuse, Settings, option
 
-LONGEST_GROUP = 8  # steps: a law measured over two gaps is not trusted further
+LONGEST_GROUP = 8  # steps
+
+CHEAP_UNTIL = 0.85  # of a run: from there on groups err several times as much, on all of the study's models
+
+FIRST_GROUP = 5  # FULL step with which one begins at the earliest: there are bends at half of the steps before it
+
+LAST_FULL = 2  # steps at the end of a run
 
 GROWN = 1.1  # times the guidance that a group was priced for, above which it ends
 
@@ -69,7 +69,7 @@ SAVES = {PIPELINED: 0.5, SKIPPED: 1.0}
 
 
 #: Tolerance where none is given: the study in benchmarks/results/ says what it means.
-TOLERANCE = 0.005
+TOLERANCE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class AdaptiveSettings(Settings):
     """What may be set of `AdaptivePolicy`."""
 
     tolerance: float | None = option(
-        f"Error allowed over the whole run, in units of the branches' discrepancy (default: {TOLERANCE}). A "
+        f"Error that skipping may add to the latents, relative to their size (default: {TOLERANCE}, one percent). A "
         "smaller one is closer and saves less.",
         type=float,
         metavar="TAU",
@@ -107,24 +107,11 @@ class AdaptiveSettings(Settings):
         return {"tolerance": TOLERANCE} if given.tolerance is None and given.speedup is None else {}
 
 
-class _Law(NamedTuple):
-    """How an estimate errs: see the module.
-
-    Attributes:
-        drift: (k / s)^2.
-        noise: (nu / s)^2.
-    """
-
-    drift: float
-    noise: float
-
-
 class _Group(NamedTuple):
-    """A FULL step and ``length - 1`` steps of a kind after it; ``error`` is its E^2."""
+    """A FULL step and ``length - 1`` steps of a kind after it."""
 
     kind: StepKind
     length: int
-    error: float = 0.0
 
     @property
     def saving(self) -> float:
@@ -139,7 +126,7 @@ class AdaptivePolicy:
 
     Args:
         sampler: of the run; its length is the number of steps.
-        tolerance: tau, the error allowed over the run, in the discrepancy's norm.
+        tolerance: tau, the error that may be added over the run, in units of the denoiser's input.
         speedup: target of the bound of the speed-up, in place of the tolerance.
         kinds: letters of the kinds that the policy may use.
         stages: of a PIPELINED step. What a step saves, it saves of a FULL step's time, whatever that is; the target's
@@ -150,7 +137,7 @@ class AdaptivePolicy:
             allow.
     """
 
-    reads_trials = True
+    reads_bends = True
     lag = 1
 
     def __init__(
@@ -165,7 +152,7 @@ class AdaptivePolicy:
     ) -> None:
         self.sampler: Sampler | None = sampler
         self.num_steps = len(sampler.times)
-        self.error_left = None if tolerance is None else tolerance**2  # sum of E^2 to spend yet
+        self._price = None if tolerance is None else self.num_steps / tolerance**2
         self.saving_left: float | None = None  # forwards to save yet, with a target
         self._saves = {kind: saving for kind, saving in SAVES.items() if kind.value in kinds}
         self.may_pipeline = PIPELINED in self._saves
@@ -174,8 +161,7 @@ class AdaptivePolicy:
             full = self.num_steps + (stages / 2 - 1) * synchronous_steps(stages, self.num_steps)
             one_gpu = self.num_steps * (stages if gain is None or stages > 2 else gain)
             self.saving_left = full - one_gpu / speedup
-            groups, rest = divmod(max(self.num_steps - 6, 0), LONGEST_GROUP)
-            most = (groups * (LONGEST_GROUP - 1) + max(rest - 1, 0)) * max(self._saves.values(), default=0.0)
+            most = self._longest_saves() * max(self._saves.values(), default=0.0)
             if not 0 <= self.saving_left <= most:
                 least, best = one_gpu / full, one_gpu / (full - most)
                 mend = "Lower it, or raise --num_inference_steps" if self.saving_left > most else "Raise it"
@@ -183,15 +169,21 @@ class AdaptivePolicy:
                     f"speedup={speedup} (--hybrid_speedup): {self.num_steps} steps allow {least:.3g} to {best:.2f}. "
                     f"{mend}."
                 )
-        self._laws: dict[int, dict[StepKind, _Law]] = {}  # by FULL step: running means
-        self._measured: dict[int, dict[StepKind, _Law]] = {}  # as measured there
-        self._tables: dict[int, list[tuple[float, float]]] = {}  # see `_groups`
-        self._observed = 0
+        self._bends: dict[int, Bend] = {}  # by FULL step
+        self._reaches: dict[int, list[float]] = {}  # see `_reach`
         self._group = _ALONE
         self._priced = math.inf  # guidance for which the group was chosen
         self._next_full = 0
         self._first: int | None = None
         self._last: int | None = None
+
+    def _longest_saves(self) -> int:
+        """Steps between FULL ones, where each group is as long as may be."""
+        step, length, found = FIRST_GROUP, 2, 0
+        while step + 2 <= self.num_steps - LAST_FULL:
+            length = min(length, LONGEST_GROUP, self.num_steps - LAST_FULL - step)
+            step, length, found = step + length, length + 1, found + length - 1
+        return found
 
     @property
     def tau_1(self) -> int | None:
@@ -204,19 +196,19 @@ class AdaptivePolicy:
     def reads_discrepancy(self, step: int) -> bool:
         return step < self.num_steps - 2
 
-    def observe(self, step: int, discrepancy: float, trials: Sequence[Trial] = ()) -> None:
+    def observe(self, step: int, discrepancy: float, bend: Bend | None = None) -> None:
         """Take what FULL step ``step`` measured.
 
         Args:
             discrepancy: M.
-            trials: of the guidance rule, nearest first.
+            bend: of the predictions; None where there are no two FULL steps before it.
 
         Raises:
             ValueError: the discrepancy is nan or infinite.
         """
         check_finite(step, discrepancy)
-        self._observed = step
-        self._learn(step, trials)
+        if bend is not None and all(map(math.isfinite, bend)) and bend.cond > 0:  # divided by
+            self._bends[step] = bend
 
     def kind(self, step: int, guidance: float = 1.0) -> StepKind:
         if step > self._next_full:
@@ -234,122 +226,109 @@ class AdaptivePolicy:
             self._last = self._next_full - 1
             if self.saving_left is not None:
                 self.saving_left -= self._group.saving
-            elif self.error_left is not None:
-                self.error_left = max(0.0, self.error_left - self._group.error)
 
     def _end_group(self, step: int) -> None:
         """Let the group end at ``step``, sooner than it was to: it was priced for less guidance than there is."""
         if self.saving_left is not None:
             self.saving_left += SAVES[self._group.kind] * (self._next_full - step)
+        self._group = self._group._replace(length=self._group.length - (self._next_full - step))
         self._next_full = step
-
-    def _learn(self, step: int, trials: Sequence[Trial]) -> None:
-        errors = [error for trial in trials for error in trial[1:]]
-        if step == 0 or len(trials) < 2 or not all(0 < error < math.inf for error in errors):
-            return
-        near, far = trials[:2]
-        unit = _shape(step, self.num_steps) ** 2
-        measured = {
-            PIPELINED: _law(near.distance, near.pipelined, far.distance, far.pipelined, unit),
-            SKIPPED: _law(near.distance, near.skipped, far.distance, far.skipped, unit),
-        }
-        before = next(reversed(self._laws.values()), measured)
-        self._measured[step] = measured
-        self._laws[step] = {
-            kind: _Law(math.sqrt(law.drift * before[kind].drift), (law.noise + before[kind].noise) / 2)
-            for kind, law in measured.items()
-        }
 
     def _choose(self, step: int, guidance: float) -> _Group:
         """The group that begins with FULL step ``step``."""
-        now = self._observed
-        half = max((known for known in self._measured if known <= now / 2), default=None)
-        if now not in self._laws or half is None or self._is_enough(0.0, 0.0):
+        is_done = self.saving_left is not None and self.saving_left <= 0
+        if is_done or len(self._bends) < 2 or step + 2 > self.num_steps - LAST_FULL:
             return _ALONE
-        ahead = self._ahead(step, now, half)
-        # The dearest price at which the rest of the run spends enough: bisected over its logarithm.
+        *_, before, now = self._bends
+        bend = self._expected(step, before, now, guidance)
+        if self._price is not None:
+            return self._best(step, bend, guidance, self._price, self._group.length + 1)
+        assert self.saving_left is not None
+        half = max((known for known in self._bends if known <= now / 2), default=None)
+        if half is None:
+            return _ALONE
+        ahead = self._ahead(step, bend, now, half, guidance)
+        # The dearest price at which the rest of the run saves enough: bisected over its logarithm.
         low, high = -20.0, 40.0
         for _ in range(24):  # to some millionths of the price
             middle = (low + high) / 2
-            is_enough = self._is_enough(*self._forecast(step, ahead, guidance, math.exp(middle)))
+            is_enough = self._forecast(step, ahead, guidance, math.exp(middle)) >= self.saving_left
             low, high = (middle, high) if is_enough else (low, middle)
-        if self.saving_left is None:
-            return self._best(step, ahead[0], guidance, math.exp(high))  # the tolerance is not exceeded
-        group = self._best(step, ahead[0], guidance, math.exp(low))
+        group = self._best(step, ahead[0], guidance, math.exp(low), self._group.length + 1)
         left = math.ceil(self.saving_left / SAVES[group.kind] - 1e-9)  # the target is reached, not missed by a step
         return group._replace(length=min(group.length, left + 1))
 
-    def _is_enough(self, saving: float, error: float) -> bool:
-        """Whether a rest of the run that saves and errs so much spends what is left."""
-        if self.saving_left is not None:
-            return saving >= self.saving_left
-        return self.error_left is not None and error >= self.error_left
+    def _expected(self, step: int, before: int, now: int, guidance: float) -> Bend:
+        """The bend to expect in a group that begins with FULL step ``step``, from the last two."""
+        bend, last = self._bends[now], self._bends[before]
+        rise = max(1.0, _size(bend, guidance) / _size(last, guidance)) ** (2 / (now - before))
+        # What was measured on FULL step `now` lies about FULL step `before`.
+        end = ((self.num_steps - before) / (self.num_steps - step - 1)) ** 2
+        return Bend(*(rise * end * max(parts) for parts in zip(bend, last, strict=True)))
 
-    def _ahead(self, step: int, now: int, half: int) -> list[dict[StepKind, _Law]]:
-        """The laws expected from ``step`` to the end, by those of FULL step ``now`` and their fall since ``half``."""
-        laws, ahead = self._laws[now], []
-        falls = {kind: _fall(self._measured, half, now, kind) for kind in self._saves}
-        for i in range(step, self.num_steps):
-            shares = {kind: min(2.0, i / now) ** fall for kind, fall in falls.items()}
-            ahead.append({k: _Law(laws[k].drift * share, laws[k].noise * share) for k, share in shares.items()})
+    def _ahead(self, step: int, bend: Bend, now: int, half: int, guidance: float) -> list[Bend]:
+        """The bends expected from ``step`` on, such that groups of two steps err as forecast."""
+        fall = self._error(now, guidance) / self._error(half, guidance)
+        exponent = min(0.0, math.log(fall) / math.log(now / half))
+        # Towards the end groups err more and more, so the rest of the run is forecast as if it ended before.
+        end = max(step + 1, min(round(CHEAP_UNTIL * self.num_steps), self.num_steps - LAST_FULL))
+        ahead = []
+        for i in range(step, end):
+            share = min(2.0, i / step) ** exponent * self._lever(step) / self._lever(i)
+            ahead.append(Bend(bend.cond * share, bend.delta * share))
         return ahead
 
-    def _forecast(
-        self, step: int, ahead: list[dict[StepKind, _Law]], guidance: float, price: float
-    ) -> tuple[float, float]:
-        """(forwards saved, sum of E^2) from FULL step ``step`` to the end at this price."""
-        saved, error, at = 0.0, 0.0, step
-        while at < self.num_steps - 1:
-            group = self._best(at, ahead[at - step], guidance, price)
-            saved, error, at = saved + group.saving, error + group.error, at + group.length
-        return saved, error
+    def _error(self, step: int, guidance: float) -> float:
+        """``E(2)`` with the bend that was measured on FULL step ``step``."""
+        return _size(self._bends[step], guidance) * self._lever(step)
 
-    def _best(self, step: int, laws: dict[StepKind, _Law], guidance: float, price: float) -> _Group:
-        """The group with the least net cost per step: ``(price E(n)^2 - S(n)) / n``."""
+    def _forecast(self, step: int, ahead: list[Bend], guidance: float, price: float) -> float:
+        """Forwards saved from FULL step ``step`` to the end at this price."""
+        saved, at, longest = 0.0, step, self._group.length + 1
+        while at - step < len(ahead):
+            group = self._best(at, ahead[at - step], guidance, price, longest)
+            saved, at, longest = saved + group.saving, at + group.length, group.length + 1
+        return saved
+
+    def _best(self, step: int, bend: Bend, guidance: float, price: float, longest: int) -> _Group:
+        """The group of at most ``longest`` steps with the least net cost per step: ``(price E(n)^2 - S(n)) / n``."""
         least, best = 0.0, _ALONE
         for kind, saves in self._saves.items():
-            drift, noise = guidance**2 * laws[kind].drift, guidance**2 * laws[kind].noise
-            for n, (per_drift, per_noise) in enumerate(self._groups(step), start=2):
-                error = drift * per_drift + noise * per_noise
-                net = (price * error - saves * (n - 1)) / n
+            square = _size(bend if kind is SKIPPED else bend._replace(cond=0.0), guidance) ** 2
+            for n, reach in enumerate(self._reach(step)[: longest - 1], start=2):
+                net = (price * square * reach - saves * (n - 1)) / n
                 if net < least:
-                    least, best = net, _Group(kind, n, error)
+                    least, best = net, _Group(kind, n)
         return best
 
-    def _groups(self, step: int) -> list[tuple[float, float]]:
-        """``E(n)^2`` per unit of ``(w - 1)^2 k^2`` and of ``(w - 1)^2 nu^2``, for n = 2, 3, ... after ``step``.
+    def _reach(self, step: int) -> list[float]:
+        """``E(n)^2`` per unit of the bend's square, for n = 2, 3, ... after ``step``.
 
-        Kept by step: the search for the price asks again and again. No group begins before step 2, and by then the
+        Kept by step: the search for the price asks again and again. No group begins before step 3, and by then the
         sampler is the run's final one.
         """
-        if step not in self._tables:
+        if step not in self._reaches:
             assert self.sampler is not None
-            table, drift, noise = [], 0.0, 0.0
-            for n in range(2, min(LONGEST_GROUP, self.num_steps - 1 - step) + 1):
-                at = step + n - 1
-                weight = self.sampler.weights[at] * _shape(at, self.num_steps) / math.sqrt(1 - at / self.num_steps)
-                drift += weight * (n - 1)
-                noise += weight**2
-                times = 1 if self.sampler.carries(step + n, range(step + 1, step + n)) else UNPAID
-                table.append((times * drift**2, times * noise))
-            self._tables[step] = table
-        return self._tables[step]
+            found = []
+            for n in range(2, min(LONGEST_GROUP, self.num_steps - LAST_FULL - step) + 1):
+                is_paid = self.sampler.carries(step + n, range(step + 1, step + n))
+                found.append((1 if is_paid else UNPAID) * self._lever(step, n) ** 2)
+            self._reaches[step] = found
+        return self._reaches[step]
+
+    def _lever(self, step: int, length: int = 2) -> float:
+        """The sum in ``E(n)``."""
+        assert self.sampler is not None
+        weights, end, within = self.sampler.weights, step + length, range(step + 1, step + length)
+        return sum(weights[i] * self._apart(step, i) * self._apart(i, end) for i in within)
+
+    def _apart(self, a: int, b: int) -> float:
+        """Time from step ``a`` to step ``b``; solvers of order 2 evaluate twice at one, which is not without error."""
+        assert self.sampler is not None
+        times = self.sampler.times
+        return max(abs(times[b] - times[a]), abs(times[-1] - times[0]) / len(times) / 4)
 
 
-def _shape(step: int, num_steps: int) -> float:
-    """``s``."""
-    return num_steps / (step * (num_steps - step))
-
-
-def _law(m1: float, rho1: float, m2: float, rho2: float, unit: float) -> _Law:
-    """The law through two errors, over ``unit`` = s^2."""
-    # Of what was measured, half at least is taken for drift: a chance reading must not end in a long group. (Groups of
-    # three err 2 to 2.6 times as much as groups of two, measured on emoji-sdxl; by noise alone it would be 1.4.)
-    least, most = (rho1 / m1) ** 2 / 2, (rho1 / m1) ** 2
-    drift = min(max((rho2**2 - rho1**2) / (m2**2 - m1**2), least), most)
-    return _Law(drift / unit, (rho1**2 - drift * m1**2) / unit)
-
-
-def _fall(measured: dict[int, dict[StepKind, _Law]], half: int, now: int, kind: StepKind) -> float:
-    """Exponent of the step with which the drift has changed since step ``half``; 0 if it has risen."""
-    return min(0.0, math.log(measured[now][kind].drift / measured[half][kind].drift) / math.log(now / half))
+def _size(bend: Bend, guidance: float) -> float:
+    """Bend of the guided prediction."""
+    return math.hypot(bend.cond, guidance * bend.delta)

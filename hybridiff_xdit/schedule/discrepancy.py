@@ -39,18 +39,17 @@ def check_finite(step: int, value: float) -> None:
         )
 
 
-class Trial(NamedTuple):
-    """What the estimates of a rule would have missed on a FULL step, had the last ones before it not been FULL.
+class Bend(NamedTuple):
+    """How the predictions bend at a FULL step: root mean squares of second divided differences over FULL steps.
+
+    They are taken over it and the two FULL steps before, per square of the sampler's time (`Sampler.times`): half of
+    the second derivative, where that is level. float32 scalars, on the device or read from it.
 
     Attributes:
-        distance: from the last FULL step that the estimates knew, in steps.
-        pipelined: error of delta's estimate, pred_c being known: ``mean|delta - d| / mean|pred_u|``.
-        skipped: the same of the guided prediction, pred_c being estimated too, in units of ``w - 1``:
-            ``mean|(pred_c - c) / (w - 1) + delta - d| / mean|pred_u|``.
-
-    Both errors are in the discrepancy's norm: float32 scalars, on the device or read from it.
+        cond: of pred_c.
+        delta: of its distance from pred_u; of several distances, of their sum, each by the share of its weight in the
+            largest one.
     """
 
-    distance: float
-    pipelined: Any
-    skipped: Any
+    cond: Any
+    delta: Any

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .discrepancy import Trial
+from .discrepancy import Bend
 from .plan import PIPELINED, Plan, StepKind
 from .sampler import Sampler
 from .settings import Refuse, Settings, option
@@ -33,7 +33,7 @@ class FixedSettings(Settings):
 class FixedPolicy:
     """The plan that the user gave, whatever is measured."""
 
-    reads_trials = False
+    reads_bends = False
     lag = 0
     sampler: Sampler | None = None
     tau_1: int | None = None
@@ -46,7 +46,7 @@ class FixedPolicy:
     def reads_discrepancy(self, step: int) -> bool:
         return False
 
-    def observe(self, step: int, discrepancy: float, trials: Sequence[Trial] = ()) -> None:
+    def observe(self, step: int, discrepancy: float, bend: Bend | None = None) -> None:
         pass
 
     def kind(self, step: int, guidance: float = 1.0) -> StepKind:

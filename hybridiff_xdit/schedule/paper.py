@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .discrepancy import Trial, check_finite
+from .discrepancy import Bend, check_finite
 from .plan import FULL, PIPELINED, StepKind
 from .sampler import Sampler
 from .settings import Refuse, Settings, option
@@ -131,7 +130,7 @@ class PaperPolicy:
         ValueError: the window does not fit the run (``tau_cap + k > num_steps``).
     """
 
-    reads_trials = False
+    reads_bends = False
     lag = 0  # as published
     may_pipeline = True
     sampler: Sampler | None = None
@@ -155,7 +154,7 @@ class PaperPolicy:
         # The last step before the cap decides nothing: the window starts after it in any case.
         return self.tau_1 is None and step + 1 < self.constants.tau_cap
 
-    def observe(self, step: int, discrepancy: float, trials: Sequence[Trial] = ()) -> None:
+    def observe(self, step: int, discrepancy: float, bend: Bend | None = None) -> None:
         if self._detector.update(step, discrepancy):
             self.tau_1 = step + 1
 

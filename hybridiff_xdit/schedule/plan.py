@@ -5,11 +5,10 @@ letter a step (``FFFPSF``), or printed as a grid with one row a step and one col
 """
 
 import re
-from collections.abc import Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol
 
-from .discrepancy import Trial
+from .discrepancy import Bend
 from .sampler import Sampler
 
 
@@ -165,14 +164,14 @@ class Policy(Protocol):
     Attributes:
         tau_1: first step that is not FULL; None for "not yet" or "this policy has none".
         tau_2: first step after the last such.
-        reads_trials: whether `observe` reads the trials.
+        reads_bends: whether `observe` reads the bend.
         lag: of the FULL steps so far, how many of the last need not have been observed when a kind is asked for. With
             one, a GPU has that step to work on while the host decides.
         may_pipeline: whether a step may be PIPELINED, for which the denoiser has to be partitioned.
         sampler: of the run, for a policy that reads it.
     """
 
-    reads_trials: bool
+    reads_bends: bool
     lag: int
     may_pipeline: bool
     sampler: Sampler | None
@@ -186,12 +185,12 @@ class Policy(Protocol):
     def reads_discrepancy(self, step: int) -> bool:
         """Whether the discrepancy of FULL step ``step`` decides anything (reading it makes a GPU's host wait)."""
 
-    def observe(self, step: int, discrepancy: float, trials: Sequence[Trial] = ()) -> None:
+    def observe(self, step: int, discrepancy: float, bend: Bend | None = None) -> None:
         """Take what FULL step ``step`` measured.
 
         Args:
             discrepancy: M.
-            trials: what the guidance rule's estimates would have missed there.
+            bend: how the predictions bend there; None where no two FULL steps are known before it.
         """
 
     def kind(self, step: int, guidance: float = 1.0) -> StepKind:

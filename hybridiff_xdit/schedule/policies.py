@@ -36,13 +36,13 @@ class Registered(NamedTuple):
         summary: what it does.
         settings: what may be set of it.
         make: the policy of one run, from the settings (a `HybridConfig`) and the facts.
-        needs_estimates: whether the rule has to tell what its estimates miss.
+        needs_bends: whether the rule has to tell how predictions bend.
     """
 
     summary: str
     settings: type[Settings]
     make: Callable[[Any, Facts], Policy]
-    needs_estimates: bool = False
+    needs_bends: bool = False
 
 
 def _adaptive(config: Any, facts: Facts) -> Policy:
@@ -62,7 +62,7 @@ POLICIES = {
         "skip as many steps as the tolerance or the target asks for, where the run measures that it costs least",
         AdaptiveSettings,
         _adaptive,
-        needs_estimates=True,
+        needs_bends=True,
     ),
     "cfg": Registered(
         "every step FULL, which is exact", Settings, lambda config, facts: FixedPolicy([FULL] * facts.num_steps)

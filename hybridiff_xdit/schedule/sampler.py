@@ -27,8 +27,9 @@ class Sampler(NamedTuple):
         gains: change of the final sample per unit of the prediction, the other predictions unchanged. For Euler with
             flow matching it is ``sigma_{i+1} - sigma_i``, for noise prediction with DDIM proportional to the step in
             ``sqrt((1 - abar) / abar)``; 0 for a prediction that only finds an intermediate point.
-        weights: size of the change of the denoiser's next input per unit of the prediction: how far the prediction
-            moves the run, in units of the input, whose scale is about one with every scheduler.
+        weights: the size of the gain in units of the denoiser's input, whose scale is about one with every scheduler:
+            by how much the input of a step would have to change to change the final sample as much; or that of the next
+            prediction, if it is larger.
     """
 
     times: tuple[float, ...]
@@ -88,9 +89,10 @@ def _read(key: _Key) -> Sampler:
     name = type(scheduler).__name__
     mend = "Use --hybrid_guidance reuse with --hybrid_policy fixed or paper, or another scheduler."
     try:
-        silent, silent_inputs = _respond(scheduler, run, 0.0, key.extra)
-        unit, unit_inputs = _respond(scheduler, run, 1.0, key.extra)
-        large, _ = _respond(scheduler, run, 1e3, key.extra)
+        silent, silent_inputs = _respond(scheduler, run, 0.0, 0.0, key.extra)
+        unit, _ = _respond(scheduler, run, 1.0, 0.0, key.extra)
+        large, _ = _respond(scheduler, run, 1e3, 0.0, key.extra)
+        coasted, coasted_inputs = _respond(scheduler, run, 0.0, 1.0, key.extra)
     except Exception as error:
         raise ValueError(f"hybrid-cond: {name} could not be run on a copy ({error}). {mend}") from error
     finally:
@@ -106,18 +108,24 @@ def _read(key: _Key) -> Sampler:
             f"hybrid-cond: what {name} does is not linear in the predictions (clip_sample or thresholding), so the "
             f"weight of a prediction is not known in advance. Set clip_sample=False and thresholding=False. {mend}"
         )
-    weights = (unit_inputs - silent_inputs).abs()
+    kept = (coasted - silent) / (coasted_inputs - silent_inputs)  # of a change of an input, in the final sample
+    weights = torch.where(kept == 0, gains, gains / kept).abs()
+    # A prediction that only finds an intermediate point has no gain, and does as much as the one that it is found for.
+    weights = torch.maximum(weights, torch.cat([weights[1:], weights[-1:]]))
     return Sampler(run, tuple(gains.tolist()), tuple(weights.tolist()))
 
 
 @torch.no_grad()
 def _respond(
-    scheduler: Any, run: tuple[float, ...], impulse: float, extra: dict[str, Any]
+    scheduler: Any, run: tuple[float, ...], impulse: float, start: float, extra: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run a copy over ``run`` on as many samples as steps; the i-th is predicted ``impulse`` at step i, else 0.
 
+    Args:
+        start: where all samples start from.
+
     Returns:
-        The final samples, and of each sample the denoiser's input after its impulse; float64, [T] each.
+        The final samples, and of the i-th the denoiser's input at step i; float64, [T] each.
     """
     copied = copy.deepcopy(scheduler)
     for name, value in list(vars(copied).items()):
@@ -127,29 +135,25 @@ def _respond(
             delattr(copied, name)  # a function put before the class's would step the original
     accepted = inspect.signature(copied.step).parameters
     count = len(run)
-    sample = torch.zeros(count, 1, 1, 1, dtype=torch.float64)
+    sample = torch.full((count, 1, 1, 1), start, dtype=torch.float64)
     inputs = torch.zeros(count, dtype=torch.float64)
     before: torch.Tensor | None = None
     dtype = copied.timesteps.dtype
     with torch.random.fork_rng(devices=[]):  # noise without a generator comes from the global one
         torch.default_generator.manual_seed(0)  # the CPU's alone: torch.manual_seed would reseed every GPU's too
         given = {**extra, **({"generator": torch.Generator().manual_seed(0)} if "generator" in accepted else {})}
-        sample = _scaled(copied, sample, torch.tensor(run[0], dtype=dtype), keep=True)
         for i, time in enumerate(run):
+            at = torch.tensor(time, dtype=dtype)
+            inputs[i] = _scaled(copied, sample, at)[i].item()
             prediction = torch.zeros_like(sample)
             prediction[i] = impulse
             if "old_pred_original_sample" in accepted:  # CogVideoX's DPM solver keeps its history in its caller
                 given |= {"old_pred_original_sample": before, "timestep_back": torch.tensor(run[i - 1]) if i else None}
-            at = torch.tensor(time, dtype=dtype)
             stepped = copied.step(model_output=prediction, timestep=at, sample=sample, return_dict=False, **given)
             sample, before = stepped[0], stepped[-1]
-            following = torch.tensor(run[min(i + 1, count - 1)], dtype=dtype)
-            scaled = _scaled(copied, sample, following) if i + 1 < count else sample
-            inputs[i] = scaled[i].item()
     return sample.double().flatten(), inputs
 
 
-def _scaled(scheduler: Any, sample: torch.Tensor, time: torch.Tensor, keep: bool = False) -> torch.Tensor:
-    """The denoiser's input. Called before every step, as the pipelines do: some schedulers count on it."""
-    scaled = scheduler.scale_model_input(sample, time) if hasattr(scheduler, "scale_model_input") else sample
-    return sample if keep else scaled
+def _scaled(scheduler: Any, sample: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    """The denoiser's input. Asked for before every step, as the pipelines do: some schedulers count on it."""
+    return scheduler.scale_model_input(sample, time) if hasattr(scheduler, "scale_model_input") else sample

@@ -472,10 +472,10 @@ def last_report(pipe: Any) -> dict[str, Any] | None:
     """Report of the pipeline's last finished run under `hybrid-cond`; None where there is none.
 
     Keys: ``model``, ``config``, ``num_steps``, ``plan`` (letters F, P and S), ``discrepancy`` (list of [step, value],
-    None where it is not finite), ``trials`` (list of [step, [[distance, pipelined, skipped], ...]], see
-    `discrepancy.Trial`; empty but for the adaptive policy), ``tau_1``, ``tau_2`` (None where the policy has none),
-    ``speedup_bound`` (times what splitting a branch's tokens gives), ``bytes_sent`` (one count a rank of the group, of
-    the denoising), ``world_size``, ``sequence_degree``, ``versions``.
+    None where it is not finite), ``bends`` (list of [step, cond, delta], see `discrepancy.Bend`; empty but for the
+    adaptive policy), ``tau_1``, ``tau_2`` (None where the policy has none), ``speedup_bound`` (times what splitting a
+    branch's tokens gives), ``bytes_sent`` (one count a rank of the group, of the denoising), ``world_size``,
+    ``sequence_degree``, ``versions``.
     """
     session = _SESSIONS.get(_own(pipe))
     return None if session is None else session.report

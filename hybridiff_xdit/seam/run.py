@@ -206,7 +206,7 @@ class Run:
     def _kind(self, pattern: Pattern) -> StepKind:
         """The kind of the present step: the policy's, but FULL where there is nothing to estimate from."""
         with self.signals.together():
-            if self.setting.may_guidance_change and self.engine.policy.reads_trials:
+            if self.setting.may_guidance_change and self.engine.policy.reads_bends:
                 # The host waits, and the GPU then for the host. But a group must not outlast the guidance it is for.
                 self.engine.read_weights()
             kind = self.engine.kind()
