@@ -84,6 +84,8 @@ class Recipe(ABC):
         lr: highest learning rate.
         empty: the text that stands for none.
         compiled: classes of the denoiser's blocks that are compiled.
+        vae_seconds: how long the VAE is trained.
+        vae_batch: examples of one of its steps.
     """
 
     data = "emoji"
@@ -91,6 +93,8 @@ class Recipe(ABC):
     lr = 1e-3
     empty = ""
     compiled: tuple[str, ...] = ()
+    vae_seconds = 60.0
+    vae_batch = 192
 
     @abstractmethod
     def build(self, captions: Sequence[str]) -> DiffusionPipeline:
@@ -363,10 +367,10 @@ class SD3(Recipe):
             in_channels=4,
             out_channels=4,
             num_layers=6,
-            num_attention_heads=3,
-            attention_head_dim=48,
+            num_attention_heads=4,
+            attention_head_dim=40,
             joint_attention_dim=2 * TEXT_WIDTH,
-            caption_projection_dim=3 * 48,
+            caption_projection_dim=4 * 40,
             pooled_projection_dim=2 * TEXT_WIDTH,
             pos_embed_max_size=32,
             qk_norm="rms_norm",
@@ -563,6 +567,8 @@ class Wan(Recipe):
     data = "clips"
     batch = 256
     compiled = ("WanTransformerBlock",)
+    vae_seconds = 180.0  # its 3D convolutions are slow
+    vae_batch = 12
     shift = 3.0
 
     def build(self, captions: Sequence[str]) -> DiffusionPipeline:

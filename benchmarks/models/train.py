@@ -38,7 +38,7 @@ from transformers import CLIPTokenizer  # noqa: E402
 logger = logging.getLogger("train")
 
 RESERVE = 40.0  # seconds that the end takes: saving, checking, the sheet
-VAE_SECONDS = 60.0
+VAE_FRAMES = 5  # of a clip: the first one, and two pairs
 CHECKPOINTS = (0.5, 0.8)  # of the training's time
 COUNTS = {"scenes": 40_000, "clips": 24_000}  # examples; the emoji are as many as there are
 LIMIT = 16  # examples of a run that is bounded in steps
@@ -112,6 +112,9 @@ def train_vae(vae: nn.Module, recipe: Recipe, data: Data, batch: int, bound: Bou
     number = 0
     while (progress := bound.progress(number)) < 1:
         pictures = recipe.pixels(data.draw(torch.randint(len(data.captions), (batch,), device=device)))
+        if recipe.data == "clips":
+            begin = int(torch.randint(pictures.shape[2] - VAE_FRAMES + 1, ()))
+            pictures = pictures[:, :, begin : begin + VAE_FRAMES]
         with autocast(device):
             posterior = vae.encode(pictures).latent_dist
             again = vae.decode(posterior.sample()).sample.float()
@@ -296,8 +299,8 @@ def main() -> None:
     counted = ", ".join(f"{n} {sum(w.numel() for w in p.parameters()) / 1e6:.2f}" for n, p in sizes.items())
     logger.info("%d examples; parameters (M): %s", len(data.captions), counted)
 
-    vae_batch = min(32 if recipe.data == "clips" else 192, args.batch or 192)
-    train_vae(pipe.vae, recipe, data, vae_batch, Bound(time.monotonic() + VAE_SECONDS, args.steps))
+    vae_batch = min(recipe.vae_batch, args.batch or recipe.vae_batch)
+    train_vae(pipe.vae, recipe, data, vae_batch, Bound(time.monotonic() + recipe.vae_seconds, args.steps))
     pipe.vae.requires_grad_(False)
     latents = standardise(pipe.vae, encode_all(pipe.vae, recipe, data))
     train(recipe, pipe, data, latents, args)

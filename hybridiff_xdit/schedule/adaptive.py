@@ -35,8 +35,9 @@ but it is at most one step longer than the group before it: a bend that was meas
 of long ones. With a tolerance :math:`\tau` the price is :math:`T / \tau^2`: a forward saved may add
 :math:`\tau / \sqrt T`, and a run in which most are saved about :math:`\tau`. With a target speed-up the price is set
 anew on every FULL step, such that the rest of the run saves what is left to save. It is forecast that :math:`E(2)`
-stays what it is, as it does in the middle of a run; but if it has fallen since step :math:`i / 2`, that it falls as
-much again by step :math:`2 i`, so that a run does not start to save while waiting is cheaper. Nothing but the run's own
+stays what it is, as it does in the middle of a run; but if it has fallen since step :math:`i / 2` (or since the first
+that is known), that it falls as much again by step :math:`2 i`, so that a run does not start to save while waiting is
+cheaper. Nothing but the run's own
 past is used. While predictions bend fast the best length is 1, so a run begins with FULL steps by itself. It ends with
 two: what a group that ends with the last step missed would be paid by a prediction that hardly counts.
 """
@@ -56,7 +57,7 @@ LONGEST_GROUP = 8  # steps
 
 CHEAP_UNTIL = 0.85  # of a run: from there on groups err several times as much, on all of the study's models
 
-FIRST_GROUP = 5  # FULL step with which one begins at the earliest: there are bends at half of the steps before it
+FIRST_GROUP = 4  # FULL step with which one begins at the earliest: the bends of two steps are known there
 
 LAST_FULL = 2  # steps at the end of a run
 
@@ -244,9 +245,7 @@ class AdaptivePolicy:
         if self._price is not None:
             return self._best(step, bend, guidance, self._price, self._group.length + 1)
         assert self.saving_left is not None
-        half = max((known for known in self._bends if known <= now / 2), default=None)
-        if half is None:
-            return _ALONE
+        half = max((known for known in self._bends if known <= now / 2), default=min(self._bends))
         ahead = self._ahead(step, bend, now, half, guidance)
         # The dearest price at which the rest of the run saves enough: bisected over its logarithm.
         low, high = -20.0, 40.0
@@ -304,7 +303,7 @@ class AdaptivePolicy:
     def _reach(self, step: int) -> list[float]:
         """``E(n)^2`` per unit of the bend's square, for n = 2, 3, ... after ``step``.
 
-        Kept by step: the search for the price asks again and again. No group begins before step 3, and by then the
+        Kept by step: the search for the price asks again and again. No group begins before step 4, and by then the
         sampler is the run's final one.
         """
         if step not in self._reaches:
