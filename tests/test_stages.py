@@ -225,7 +225,7 @@ def blocking(name, fields):
 def test_nothing_waits_in_a_circle(eight, name, plan):
     fields = {"plan": plan, "stages": 8}
     outcomes = eight.run(blocking, name, fields, timeout=120)
-    assert outcomes[0][1] > 0.4
+    assert outcomes[0][1] > 0.2
     alone, _ = simulated(name, fields)
     assert all(torch.equal(latents, alone) for latents, _ in outcomes)
 
@@ -234,7 +234,7 @@ def test_nothing_waits_in_a_circle(eight, name, plan):
 @pytest.mark.parametrize("name", ["sd3", "sdxl"])
 def test_nothing_waits_in_a_circle_with_two_stages(pair, name, plan):
     outcomes = pair.run(blocking, name, {"plan": plan}, timeout=120)
-    assert outcomes[0][1] > 0.4
+    assert outcomes[0][1] > 0.2
     alone, _ = simulated(name, {"plan": plan})
     assert all(torch.equal(latents, alone) for latents, _ in outcomes)
 

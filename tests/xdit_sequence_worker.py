@@ -24,7 +24,7 @@ CASES = {
     "cfg": HybridConfig(policy="cfg"),
     "reuse": HybridConfig(plan="FFPPFPFFPF", guidance="reuse"),
     "deferred": HybridConfig(plan="FFPPFSFFPF", guidance="deferred"),
-    "adaptive": HybridConfig(tolerance=0.3),
+    "adaptive": HybridConfig(tolerance=3.0),
 }
 
 
