@@ -424,7 +424,7 @@ def test_a_video_is_a_file():
         np.broadcast_to(levels, (9, 32, 48, 3)),
         [Image.new("RGB", (48, 32), (i * 31,) * 3) for i in range(9)],
     ):
-        with av.open(io.BytesIO(ranks._mp4(video, 12))) as container:
+        with av.open(io.BytesIO(ranks.mp4(video, 12))) as container:
             assert container.streams.video[0].average_rate == 12
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         assert len(frames) == 9 and frames[0].shape == (32, 48, 3)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ EMOJI = (
     "twitter style emoji of fire engine",
     "twitter style emoji of frog face",
 )
+FRAMES = 9  # of a clip
 FILES = {
     "QwenImagePipeline": "prompts_scenes.txt",
     "StableDiffusionPipeline": "prompts_scenes.txt",
@@ -50,10 +51,27 @@ def arguments(pipe: DiffusionPipeline, prompts: Sequence[str], guidance: float) 
             del given["guidance_scale"]
             given |= {"true_cfg_scale": guidance, "negative_prompt": [" "] * len(prompts), "height": 64, "width": 64}
         case "WanPipeline":
-            given |= {"height": 64, "width": 64, "num_frames": 9, "max_sequence_length": 32, "output_type": "pil"}
+            given |= {"height": 64, "width": 64, "num_frames": FRAMES, "max_sequence_length": 32, "output_type": "pil"}
         case "PixArtSigmaPipeline":
             given |= {"max_sequence_length": 32, "clean_caption": False, "use_resolution_binning": False}
     return given
+
+
+def noise(pipe: Any, seeds: Iterable[int]) -> torch.Tensor:
+    """What the pipeline starts from, a sample a seed: drawn in float32 on the CPU, whatever runs where."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    denoiser = pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
+    channels, extra = denoiser.config.in_channels, {}
+    match type(pipe).__name__:
+        case "QwenImagePipeline":
+            channels //= 4  # two by two places are one token
+        case "WanPipeline":
+            extra["num_frames"] = FRAMES
+    found = pipe.prepare_latents(
+        len(generators), channels, 64, 64, dtype=torch.float32, device="cpu", generator=generators, **extra
+    )
+    latents = found[0] if isinstance(found, tuple) else found
+    return latents.to(pipe.device, denoiser.dtype)
 
 
 def draw(

@@ -16,7 +16,13 @@ from ..planner.denoisers import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, SDXL, Setti
 #: Families whose layers `hybrid-cond` splits, by the prefix of the pipeline class in ``model_index.json``.
 FAMILIES = {"StableDiffusion3": "sd3", "StableDiffusionXL": "sdxl"}
 
-EMBEDDED = ("emoji-sd3", "emoji-sdxl")
+#: The models that this repository makes, and what a call asks of them unless the user says otherwise.
+EMBEDDED: dict[str, dict[str, Any]] = {
+    "emoji-sd3": {},
+    "emoji-sdxl": {},
+    "emoji-wan": {"height": 64, "width": 64, "num_frames": 9, "max_sequence_length": 32},
+    "scenes-qwen": {"height": 64, "width": 64},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +35,7 @@ class Checkpoint:
         pipeline: class of the pipeline; None of a hub id that is not known here.
         dtype: dtype of the weights on a GPU.
         index: of a folder, its ``model_index.json``.
+        asks: what a call asks for, in place of the pipeline's defaults.
     """
 
     name: str
@@ -36,6 +43,7 @@ class Checkpoint:
     pipeline: str | None = None
     dtype: torch.dtype = torch.bfloat16
     index: dict[str, Any] = field(default_factory=dict)
+    asks: dict[str, Any] = field(default_factory=dict)
 
     @property
     def absent(self) -> tuple[str, ...]:
@@ -135,7 +143,7 @@ def _read_folder(name: str, folder: Path) -> Checkpoint:
     facts = {"name": name, "source": str(folder), "pipeline": index.get("_class_name", ""), "index": index}
     family = next((f for prefix, f in FAMILIES.items() if facts["pipeline"].startswith(prefix)), None)
     if family is None:
-        return Checkpoint(**facts)
+        return Checkpoint(**facts, asks=EMBEDDED.get(name, {}))
     denoiser = _json(folder / ("transformer" if family == "sd3" else "unet") / "config.json")
     vae = _json(folder / "vae" / "config.json")
     return FamilyCheckpoint(

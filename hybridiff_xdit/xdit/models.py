@@ -102,7 +102,12 @@ def _of(checkpoint: Checkpoint) -> type[xFuserModel]:
         base._customize_settings(self, config)
         self.settings.model_name, self.settings.output_name = checkpoint.source, _output_name(checkpoint.name)
 
-    return type(base.__name__, (base,), {"_customize_settings": _customize_settings, "__module__": base.__module__})
+    fields = {
+        "_customize_settings": _customize_settings,
+        "default_input_values": replace(base.default_input_values, **checkpoint.asks),
+        "__module__": base.__module__,
+    }
+    return type(base.__name__, (base,), fields)
 
 
 def _class(base: type[xFuserModel], hybrid: HybridConfig | None) -> type[xFuserModel]:

@@ -5,10 +5,13 @@ torchrun --nproc_per_node=2 -m hybridiff_xdit.xdit.runner --model ... --parallel
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..config import HybridConfig
 from . import options, output, processes
@@ -56,19 +59,47 @@ class HybridRunner(xFuserModelRunner):
 
     def summary(self, made: DiffusionOutput, timings: list[float]) -> list[str]:
         """What to tell of the last call, and where what was made lies."""
-        calls = list(made.get_outputs())
-        names = [f"{self.model.get_output_name(call)}_{index}" for index, (_, call) in enumerate(calls)]
-        ending = "png" if made.images else "mp4"
-        files = [str(Path(self.config.output_directory, f"{name}.{ending}")) for name in names]
+        *_, (_, call) = made.get_outputs()
         report = last_report(self.model.pipe) if self.hybrid else None
         seconds = self.denoising.seconds if self.denoising else timings[-1]
-        return [output.summary(report, calls[-1][1]["num_inference_steps"], seconds), ", ".join(files)]
+        return [output.summary(report, call["num_inference_steps"], seconds), ", ".join(map(str, self._files(made)))]
+
+    def save(self, output: DiffusionOutput | None = None, **others: Any) -> None:
+        """As xDiT's, whose way to write a video needs a package that it does not install."""
+        if output and output.videos:
+            if is_last_process():
+                for file, video in zip(self._files(output), output.videos, strict=True):
+                    file.write_bytes(mp4(video, self.model.settings.fps))
+            output = None
+        super().save(output=output, **others)
+
+    def _files(self, made: DiffusionOutput) -> list[Path]:
+        names = [f"{self.model.get_output_name(call)}_{index}" for index, (_, call) in enumerate(made.get_outputs())]
+        ending = "png" if made.images else "mp4"
+        return [Path(self.config.output_directory, f"{name}.{ending}") for name in names]
 
     def cleanup(self) -> None:
         if has_accelerator():
             super().cleanup()
         else:
             get_runtime_state().destroy_distributed_env()
+
+
+def mp4(video: Any, fps: int | None) -> bytes:
+    """A file of frames: an array [F, H, W, 3] in [0, 1] or of bytes, or a list of pictures."""
+    import av
+
+    frames = np.stack([np.asarray(frame) for frame in video])
+    if frames.dtype != np.uint8:
+        frames = (frames.clip(0, 1) * 255).round().astype(np.uint8)
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fps or 16)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return file.getvalue()
 
 
 def main(argv: list[str] | None = None) -> None:

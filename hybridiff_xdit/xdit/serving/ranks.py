@@ -15,12 +15,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from ...ranks.agreement import Gone
 from ...seam.hooks import configure, last_report
 from ...seam.signals import RunOver
-from ..runner import HybridRunner
+from ..runner import HybridRunner, mp4
 from .messages import Messages
 
 logger = logging.getLogger(__name__)
@@ -152,7 +150,7 @@ class Ranks:
             made, _ = self.runner.run(self.runner.preprocess_args({**self._defaults, **asked}))
             data = b""
             if self.messages.rank == self.messages.size - 1:
-                data = _png(made.images[0]) if made.images else _mp4(made.videos[0], self.runner.model.settings.fps)
+                data = _png(made.images[0]) if made.images else mp4(made.videos[0], self.runner.model.settings.fps)
             return Outcome("made"), data
         except Cancelled:
             return Outcome("cancelled"), b""
@@ -202,21 +200,4 @@ _KINDS = ("made", "cancelled", "refused", "failed", "left")
 def _png(picture: Any) -> bytes:
     file = io.BytesIO()
     picture.save(file, "PNG")
-    return file.getvalue()
-
-
-def _mp4(video: Any, fps: int | None) -> bytes:
-    """A file of frames: an array [F, H, W, 3] in [0, 1] or of bytes, or a list of pictures."""
-    import av
-
-    frames = np.stack([np.asarray(frame) for frame in video])
-    if frames.dtype != np.uint8:
-        frames = (frames.clip(0, 1) * 255).round().astype(np.uint8)
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps or 16)
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
     return file.getvalue()
