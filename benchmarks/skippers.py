@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -22,12 +23,15 @@ from io import StringIO
 from typing import Any
 from unittest.mock import patch
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline, FirstBlockCacheConfig, WanTransformer3DModel
+from diffusers import DiffusionPipeline
 from models import sample
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")  # read when it is imported
 
 
 @dataclass
@@ -80,11 +84,7 @@ def skipping(pipe: DiffusionPipeline, method: str, parameter: float, steps: int)
 
 def denoiser_of(pipe: DiffusionPipeline) -> nn.Module:
     """The network that a pipeline evaluates on every step."""
-    return pipe.unet if _is_unet(pipe) else pipe.transformer
-
-
-def _is_unet(pipe: DiffusionPipeline) -> bool:
-    return getattr(pipe, "unet", None) is not None
+    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
 
 
 @contextmanager
@@ -106,6 +106,7 @@ def _each_run(pipe: DiffusionPipeline, steps: int, begin: Callable[[], None]) ->
 # ---- methods that estimate the output: one wrapper of the denoiser's forward, and a rule each ----
 
 Past = list[tuple[int, Tensor]]  # steps at which a branch was evaluated, and the outputs
+WHOLE = slice(None)
 
 
 @dataclass
@@ -119,21 +120,21 @@ class Call:
     evaluate: Callable[[slice], Tensor]  # the denoiser's output for a part of the batch
 
 
-#: The output of a call, and the share of an evaluation that it took. None: evaluate all of it, and keep it in the past.
+#: The output of a call, and the share of an evaluation that it took. None: evaluate it, and keep it in the past.
 Rule = Callable[[Call], tuple[Tensor, float] | None]
-WHOLE = slice(None)
 
 
 @contextmanager
-def ruled(pipe: DiffusionPipeline, rule: Rule, steps: int, work: Work) -> Iterator[None]:
-    """While open, `rule` says for every call of the denoiser what comes out.
+def _ruled(
+    make: Callable[..., Rule], pipe: DiffusionPipeline, parameter: Any, steps: int, work: Work
+) -> Iterator[None]:
+    """While open, a rule says for every call of the denoiser what comes out.
 
     A step is one value of the timestep. So the solver may be of any order, and a pipeline may evaluate the two branches
     of guidance in one call or in two.
     """
-    denoiser = denoiser_of(pipe)
+    denoiser, rule, past = denoiser_of(pipe), make(pipe, parameter, steps), {}
     plain, signature = denoiser.forward, inspect.signature(denoiser.forward)
-    past: dict[int, Past] = {}
     step, branch, timestep, output_type = -1, 0, None, tuple
 
     def begin() -> None:
@@ -182,8 +183,7 @@ def extrapolated(past: Past, step: int, order: int) -> Tensor:
     return total
 
 
-@contextmanager
-def _taylor(order: int, pipe: DiffusionPipeline, interval: int, steps: int, work: Work) -> Iterator[None]:
+def _taylor(order: int, pipe: DiffusionPipeline, interval: int, steps: int) -> Rule:
     """The first steps and the last are evaluated, and between them every `interval`-th."""
     first = max(3, round(steps / 8))
 
@@ -192,45 +192,40 @@ def _taylor(order: int, pipe: DiffusionPipeline, interval: int, steps: int, work
         is_due = call.step < first or call.step == steps - 1 or (call.step - first + 1) % interval == 0
         return None if is_due or len(past) <= order else (extrapolated(past, call.step, order), 0.0)
 
-    with ruled(pipe, rule, steps, work):
-        yield
+    return rule
 
 
-def chebyshev(past: Past, step: int, steps: int, degree: int, ridge: float) -> Tensor:
-    """What polynomials of the step, fitted to the evaluations by ridge regression, give at another step."""
-    taus = torch.tensor([*(at for at, _ in past), step], dtype=torch.float64) * 2 / steps - 1
-    basis = torch.special.chebyshev_polynomial_t(taus[:, None], torch.arange(degree + 1))
-    known, new = basis[:-1], basis[-1]
-    weights = known @ torch.linalg.solve(known.T @ known + ridge * torch.eye(degree + 1, dtype=taus.dtype), new)
-    return sum(weight * value for weight, (_, value) in zip(weights.tolist(), past, strict=True))
-
-
-@contextmanager
-def _spectrum(pipe: DiffusionPipeline, window: int, steps: int, work: Work) -> Iterator[None]:
+def _spectrum(pipe: DiffusionPipeline, window: int, steps: int) -> Rule:
     """Spectrum (arXiv 2603.01623) with stable-diffusion.cpp's defaults: w, m, lambda, flex, warm-up, stop and memory.
 
     One of `window` steps is evaluated, and the window grows with each evaluation. An estimate is a mixture of the
-    Chebyshev forecast and a linear extrapolation. As in stable-diffusion.cpp, the outputs are forecast. As in the code of
-    the authors, which forecasts the features before the last layer, the extrapolation is over the real distance.
+    Chebyshev forecast and a linear extrapolation. As in stable-diffusion.cpp, the outputs are forecast. As in the code
+    of the authors, who forecast the features before the last layer, the extrapolation is over the real distance.
     """
-    mixture, degree, ridge, flex, first, stop, kept = 0.4, 3, 1.0, 0.5, 4, int(0.9 * steps), 6
+    mixture, degree, ridge, flex, first, stop, memory = 0.4, 3, 1.0, 0.5, 4, int(0.9 * steps), 6
+
+    def forecast(past: Past, step: int) -> Tensor:
+        """What polynomials of the step, fitted by ridge regression, give at another step."""
+        taus = torch.tensor([*(at for at, _ in past), step], dtype=torch.float64) * 2 / steps - 1
+        basis = torch.special.chebyshev_polynomial_t(taus[:, None], torch.arange(degree + 1))
+        known, new = basis[:-1], basis[-1]
+        weights = known @ torch.linalg.solve(known.T @ known + ridge * torch.eye(degree + 1, dtype=taus.dtype), new)
+        return sum(weight * value for weight, (_, value) in zip(weights.tolist(), past, strict=True))
 
     def rule(call: Call) -> tuple[Tensor, float] | None:
         past = call.past.get(call.branch, [])
         if call.step < first or call.step >= stop or len(past) < 2:
             return None
-        now = int(window + flex * sum(at >= first for at, _ in past))
-        if (call.step - past[-1][0]) % now == 0:
+        grown = int(window + flex * sum(at >= first for at, _ in past))
+        if (call.step - past[-1][0]) % grown == 0:
             return None
-        fitted = chebyshev(past[-kept:], call.step, steps, degree, ridge)
-        return mixture * fitted + (1 - mixture) * extrapolated(past, call.step, 1), 0.0
+        line = extrapolated(past, call.step, 1)
+        return mixture * forecast(past[-memory:], call.step) + (1 - mixture) * line, 0.0
 
-    with ruled(pipe, rule, steps, work):
-        yield
+    return rule
 
 
-@contextmanager
-def _delta_reuse(pipe: DiffusionPipeline, share: float, steps: int, work: Work) -> Iterator[None]:
+def _delta_reuse(pipe: DiffusionPipeline, share: float, steps: int) -> Rule:
     """After a share of the run, the branch without the prompt is the one with it less their last difference.
 
     It is SGLang's `--cfg-gate-step`. A step without that branch counts as half an evaluation. A pipeline of two calls a
@@ -238,11 +233,9 @@ def _delta_reuse(pipe: DiffusionPipeline, share: float, steps: int, work: Work) 
     """
 
     def rule(call: Call) -> tuple[Tensor, float] | None:
-        if call.step < max(1, int(share * steps)):
+        if call.step < max(1, int(share * steps)) or (1 in call.past and call.branch == 0):
             return None
         if 1 in call.past:
-            if call.branch == 0:
-                return None
             last, without = call.past[1][-1]
             prompted = dict(call.past[0])
             return prompted[call.step] - (prompted[last] - without), 0.0
@@ -253,83 +246,66 @@ def _delta_reuse(pipe: DiffusionPipeline, share: float, steps: int, work: Work) 
         now = call.evaluate(slice(len(latents) // 2, None))
         return torch.cat([now - (prompted - without), now]), 0.5
 
-    with ruled(pipe, rule, steps, work):
-        yield
+    return rule
 
 
-@contextmanager
-def _deepcache(pipe: DiffusionPipeline, interval: int, steps: int, work: Work) -> Iterator[None]:
+CPU_ATTENTION = {  # which the counter of operations does not know
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+}
+
+
+def _deepcache(pipe: DiffusionPipeline, interval: int, steps: int) -> Rule:
     """DeepCache (arXiv 2312.00858), uniform: every `interval`-th step is evaluated, from the first on.
 
     Any other step runs the outermost layers, and takes what comes up from below from the last evaluation. The share is
     that of the floating-point operations.
     """
-    unet = pipe.unet
-    below: dict[int, Tensor] = {}  # what came up from below, by branch
-    flops: dict[str, int] = {}
-    branch = 0
-
-    def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        below[branch] = args[0][:, : -_skip_channels(unet)]
+    below: dict[int, Tensor] = {}  # by branch
+    operations: dict[str, int] = {}  # of an evaluation, and of the outermost layers
 
     def counted(name: str, make: Callable[[], Tensor]) -> Tensor:
-        if name in flops:
+        if name in operations:  # the counter slows a forward down
             return make()
         with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             made = make()
-        flops[name] = counter.get_total_flops()
+        operations[name] = counter.get_total_flops()
         return made
 
     def rule(call: Call) -> tuple[Tensor, float]:
-        nonlocal branch
-        branch = call.branch
-        if call.step % interval == 0:
+        if call.step % interval:
+            made = counted("outer", partial(outer_layers, pipe.unet, below[call.branch], call.given))
+            return made, operations["outer"] / operations["all"]
+
+        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            below[call.branch] = args[0][:, : -pipe.unet.conv_in.out_channels]  # without the skip
+
+        handle = pipe.unet.up_blocks[-1].resnets[-1].register_forward_pre_hook(keep)
+        try:
             return counted("all", partial(call.evaluate, WHOLE)), 1.0
-        made = counted("outer", partial(outer, unet, below[branch], call.given))
-        return made, flops["outer"] / flops["all"]
+        finally:
+            handle.remove()
 
-    handle = unet.up_blocks[-1].resnets[-LAYERS].register_forward_pre_hook(keep)
-    try:
-        with ruled(pipe, rule, steps, work):
-            yield
-    finally:
-        handle.remove()
+    return rule
 
 
-LAYERS = 2
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
-}
+def outer_layers(unet: nn.Module, below: Tensor, given: dict[str, Any]) -> Tensor:
+    """A U-Net's output, of which only the convolution that comes first, the last layer and the end are run.
 
-
-def _skip_channels(unet: nn.Module) -> int:
-    return unet.conv_in.out_channels if LAYERS == 1 else unet.down_blocks[0].resnets[0].out_channels
-
-
-def outer(unet: nn.Module, below: Tensor, given: dict[str, Any]) -> Tensor:
-    """A U-Net's output where only its outermost layers are run.
+    That is branch 0, the default of the authors' `DeepCacheSDHelper`. Their branch 1 runs one more layer on either
+    side. On our models such a step took twice or three times as much, and the pictures came no closer.
 
     Args:
         unet: a `UNet2DConditionModel`.
-        below: what comes up into the last layers, [batch, channels, height, width].
+        below: what enters the last layer from below, [batch, channels, height, width].
         given: the arguments of its forward, by name.
     """
-    text, added = given["encoder_hidden_states"], given.get("added_cond_kwargs")
+    text, added, last = given["encoder_hidden_states"], given.get("added_cond_kwargs"), unet.up_blocks[-1]
     time = unet.time_embedding(unet.get_time_embed(given["sample"], given["timestep"]), given.get("timestep_cond"))
     more = unet.get_aug_embed(time, text, added)
-    time = time if more is None else time + more
-    text = unet.process_encoder_hidden_states(text, added)
-
-    def layer(block: nn.Module, index: int, x: Tensor) -> Tensor:
-        x = block.resnets[index](x, time)
-        return block.attentions[index](x, text, return_dict=False)[0] if hasattr(block, "attentions") else x
-
-    skips = [unet.conv_in(given["sample"])]
-    if LAYERS == 2:
-        skips.append(layer(unet.down_blocks[0], 0, skips[0]))
-    x = below
-    for index in range(-LAYERS, 0):
-        x = layer(unet.up_blocks[-1], index, torch.cat([x, skips[-index - 1]], dim=1))
+    x = torch.cat([below, unet.conv_in(given["sample"])], dim=1)
+    x = last.resnets[-1](x, time if more is None else time + more)
+    if hasattr(last, "attentions"):
+        x = last.attentions[-1](x, unet.process_encoder_hidden_states(text, added), return_dict=False)[0]
     return unet.conv_out(unet.conv_act(unet.conv_norm_out(x)))
 
 
@@ -339,8 +315,7 @@ def outer(unet: nn.Module, below: Tensor, given: dict[str, Any]) -> Tensor:
 @contextmanager
 def _blocks_counted(pipe: DiffusionPipeline, work: Work) -> Iterator[None]:
     """Counts the forwards of a transformer's blocks, and those that a plain run makes."""
-    names = ("transformer_blocks", "blocks")
-    blocks = [block for name in names for block in getattr(pipe.transformer, name, ())]
+    blocks = [block for name in ("transformer_blocks", "blocks") for block in getattr(pipe.transformer, name, ())]
 
     def counting(plain: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(plain)  # cache-dit looks at the names of the arguments
@@ -362,58 +337,46 @@ def _blocks_counted(pipe: DiffusionPipeline, work: Work) -> Iterator[None]:
 
 @contextmanager
 def _dbcache(order: int, pipe: DiffusionPipeline, threshold: float, steps: int, work: Work) -> Iterator[None]:
-    """cache-dit's cache, behind the first block. It knows itself which pipelines call the network once a branch."""
+    """cache-dit's cache behind the first block. It knows itself which pipelines call the network once a branch."""
     cache_dit = import_module("cache_dit")
-    config = cache_dit.DBCacheConfig(
-        Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=8, residual_diff_threshold=threshold
-    )
-    calibrator = cache_dit.TaylorSeerCalibratorConfig(
-        taylorseer_order=order,
-        enable_encoder_calibrator=False,  # SD3's last block has no text to calibrate, and no other model reads it
-    )
+    settings = {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "max_warmup_steps": 8}
+    config = cache_dit.DBCacheConfig(**settings, residual_diff_threshold=threshold)
+    # SD3's last block puts out no text, which the calibrator of the text takes for an error; nothing reads it anyway.
+    calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=order, enable_encoder_calibrator=False)
     with _blocks_counted(pipe, work), _each_run(pipe, steps, lambda: None):
         cache_dit.enable_cache(pipe, cache_config=config, calibrator_config=calibrator if order else None)
         try:
             yield
         finally:
             cache_dit.disable_cache(pipe)
-            vars(pipe.transformer).pop("forward", None)  # which it leaves there
+            vars(pipe.transformer).pop("forward", None)  # it leaves one there
 
 
 @contextmanager
-def _of_diffusers(
-    config: Callable[[Any, int, float], Any], pipe: DiffusionPipeline, threshold: float, steps: int, work: Work
-) -> Iterator[None]:
-    settings = config(pipe, steps, threshold)
+def _of_diffusers(name: str, pipe: DiffusionPipeline, threshold: float, steps: int, work: Work) -> Iterator[None]:
+    config = partial(getattr(diffusers, name), threshold=threshold)
+    if name == "MagCacheConfig":
+        config = partial(config, num_inference_steps=steps, mag_ratios=_ratios(pipe, steps))
     with _blocks_counted(pipe, work), _each_run(pipe, steps, pipe.transformer._reset_stateful_cache):
-        pipe.transformer.enable_cache(settings)
+        pipe.transformer.enable_cache(config())
         try:
             yield
         finally:
             pipe.transformer.disable_cache()
 
 
-def _first_block(pipe: DiffusionPipeline, steps: int, threshold: float) -> Any:
-    return FirstBlockCacheConfig(threshold=threshold)
-
-
-def _sea(pipe: DiffusionPipeline, steps: int, threshold: float) -> Any:
-    return import_module("diffusers").SeaCacheConfig(threshold=threshold)
-
-
-def _mag(pipe: DiffusionPipeline, steps: int, threshold: float) -> Any:
-    """MagCache's settings, after its own calibration: a run on two prompts of `sample.prompts_of`, from other noise."""
-    config = partial(import_module("diffusers").MagCacheConfig, num_inference_steps=steps)
+def _ratios(pipe: DiffusionPipeline, steps: int) -> Tensor:
+    """What MagCache's calibration prints for the last two of the model's prompts and other noise, [steps]."""
+    given = sample.arguments(pipe, sample.prompts_of(pipe)[-2:], guidance=5.0)
     generator = torch.Generator("cpu").manual_seed(1000)
-    pipe.transformer.enable_cache(config(calibrate=True))
+    pipe.transformer.enable_cache(diffusers.MagCacheConfig(calibrate=True, num_inference_steps=steps))
     try:
         with redirect_stdout(StringIO()) as printed:
-            given = sample.arguments(pipe, sample.prompts_of(pipe)[-2:], guidance=5.0)
             pipe(**given, num_inference_steps=steps, generator=generator)
     finally:
         pipe.transformer.disable_cache()
     branches = [ast.literal_eval(line) for line in printed.getvalue().splitlines() if line.startswith("[1.0")]
-    return config(threshold=threshold, mag_ratios=torch.tensor(branches).mean(0))
+    return torch.tensor(branches).mean(0)
 
 
 # ---- all of them ----
@@ -424,11 +387,11 @@ def _any(pipe: DiffusionPipeline) -> str:
 
 
 def _no_unet(pipe: DiffusionPipeline) -> str:
-    return "" if _is_unet(pipe) else "it is made for U-Nets"
+    return "" if hasattr(pipe, "unet") else "it is made for U-Nets"
 
 
 def _no_cache_dit(pipe: DiffusionPipeline) -> str:
-    if _is_unet(pipe):
+    if hasattr(pipe, "unet"):
         return "cache-dit caches transformers"
     if not find_spec("cache_dit"):
         return "cache-dit is not installed"
@@ -436,36 +399,29 @@ def _no_cache_dit(pipe: DiffusionPipeline) -> str:
 
 
 def _no_cache_of_diffusers(name: str, pipe: DiffusionPipeline) -> str:
-    if not hasattr(import_module("diffusers"), name):
+    if not hasattr(diffusers, name):
         return f"this version of diffusers has no {name}"
     if not hasattr(denoiser_of(pipe), "enable_cache"):
         return f"diffusers has no cache for {type(denoiser_of(pipe)).__name__}"
-    if name == "SeaCacheConfig" and not isinstance(pipe.transformer, WanTransformer3DModel):
-        return "of these pipelines only Wan's tells SeaCache its step and noise level"
+    if name == "SeaCacheConfig" and not isinstance(pipe.transformer, diffusers.WanTransformer3DModel):
+        return "only Wan's pipeline tells SeaCache its step and noise level"
     return ""
 
 
+def _diffusers(name: str, parameter: str) -> Method:
+    return Method(parameter, partial(_of_diffusers, name), partial(_no_cache_of_diffusers, name))
+
+
+CHANGE, INTERVAL = "threshold of the relative change behind the first block", "steps from one evaluation to the next"
 METHODS = {
-    "DBCache": Method("threshold of the first block's change", partial(_dbcache, 0), _no_cache_dit),
-    "DBCache + TaylorSeer": Method("threshold of the first block's change", partial(_dbcache, 1), _no_cache_dit),
-    "first block": Method(
-        "threshold of the first block's change",
-        partial(_of_diffusers, _first_block),
-        partial(_no_cache_of_diffusers, "FirstBlockCacheConfig"),
-    ),
-    "MagCache": Method(
-        "threshold of the accumulated error",
-        partial(_of_diffusers, _mag),
-        partial(_no_cache_of_diffusers, "MagCacheConfig"),
-    ),
-    "SeaCache": Method(
-        "threshold of the accumulated change",
-        partial(_of_diffusers, _sea),
-        partial(_no_cache_of_diffusers, "SeaCacheConfig"),
-    ),
-    "DeepCache": Method("steps from one evaluation to the next", _deepcache, _no_unet),
-    "Taylor 1": Method("steps from one evaluation to the next", partial(_taylor, 1), _any),
-    "Taylor 2": Method("steps from one evaluation to the next", partial(_taylor, 2), _any),
-    "Spectrum": Method("steps in the first window, of which one is evaluated", _spectrum, _any),
-    "delta reuse": Method("share of the run after which one branch is evaluated", _delta_reuse, _any),
+    "DBCache": Method(CHANGE, partial(_dbcache, 0), _no_cache_dit),
+    "DBCache + TaylorSeer": Method(CHANGE, partial(_dbcache, 1), _no_cache_dit),
+    "first block": _diffusers("FirstBlockCacheConfig", CHANGE),
+    "MagCache": _diffusers("MagCacheConfig", "threshold of the accumulated error"),
+    "SeaCache": _diffusers("SeaCacheConfig", "threshold of the accumulated change"),
+    "DeepCache": Method(INTERVAL, partial(_ruled, _deepcache), _no_unet),
+    "Taylor 1": Method(INTERVAL, partial(_ruled, partial(_taylor, 1)), _any),
+    "Taylor 2": Method(INTERVAL, partial(_ruled, partial(_taylor, 2)), _any),
+    "Spectrum": Method("steps in the first window, one of them evaluated", partial(_ruled, _spectrum), _any),
+    "delta reuse": Method("share of the run from which one branch is evaluated", partial(_ruled, _delta_reuse), _any),
 }
