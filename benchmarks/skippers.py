@@ -233,11 +233,13 @@ def _delta_reuse(pipe: DiffusionPipeline, share: float, steps: int) -> Rule:
     """
 
     def rule(call: Call) -> tuple[Tensor, float] | None:
-        if call.step < max(1, int(share * steps)) or (1 in call.past and call.branch == 0):
+        if call.step < max(1, int(share * steps)):
             return None
-        if 1 in call.past:
-            last, without = call.past[1][-1]
-            prompted = dict(call.past[0])
+        if 1 in call.past and call.past[1][0][0] == 0:  # two calls on the first step too: one a branch
+            if call.branch % 2 == 0 or call.branch not in call.past:
+                return None
+            last, without = call.past[call.branch][-1]
+            prompted = dict(call.past[call.branch - 1])
             return prompted[call.step] - (prompted[last] - without), 0.0
         latents = next(iter(call.given.values()))
         if len(latents) % 2 or not torch.equal(*latents.chunk(2)):

@@ -8,7 +8,7 @@ import skippers
 import tiny
 import torch
 import zoo_successive
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from skippers import METHODS, skipping
 
 from hybridiff_xdit.measures import psnr
@@ -59,6 +59,18 @@ def test_the_share_is_what_was_evaluated(name, method):
         draw(name, steps=3)
     assert torch.equal(draw(name), plain)
     assert "forward" not in vars(skippers.denoiser_of(pipe)) and "set_timesteps" not in vars(pipe.scheduler)
+
+
+@pytest.mark.parametrize(("method", "nothing"), [("Taylor 1", 1), ("delta reuse", 1.0)])
+def test_a_solver_may_evaluate_a_step_twice(method, nothing, monkeypatch):
+    monkeypatch.setattr(tiny.pipeline("sd3"), "scheduler", FlowMatchHeunDiscreteScheduler())
+    plain = draw("sd3")
+    with skipping(tiny.pipeline("sd3"), method, nothing, STEPS) as work:
+        assert torch.equal(draw("sd3"), plain) and work.share == 1 and work.asked == 23
+    with skipping(tiny.pipeline("sd3"), method, CASES[method][1], STEPS) as work:
+        assert not torch.equal(draw("sd3"), plain)
+    # Taylor: 0 to 2, 4, 6, 8, 10 and 11, all but the first of two calls. Delta reuse: 0 to 5, then twelve halves.
+    assert work.share == (15 / 23 if method == "Taylor 1" else 17 / 23)
 
 
 def test_deepcache_runs_the_outer_layers():
