@@ -1,16 +1,18 @@
-"""The frontier: speed-up bound against closeness to the one-GPU pictures, on the small models, in one process.
+"""The study of fidelity: how far each way of saving time leads from the pictures of one GPU, on one small model.
 
-    python benchmarks/quality.py --model benchmarks/models/emoji-sd3 --out frontier_emoji-sd3.jsonl
-    python benchmarks/frontier.py frontier_emoji-sd3.jsonl --out benchmarks/results
-    python benchmarks/quality.py --model benchmarks/models/emoji-sdxl --out /tmp/quick.jsonl --quick    # on a CPU
+    python benchmarks/quality.py --model benchmarks/models/emoji-sd3 --out rows.jsonl
+    python benchmarks/frontier.py rows.jsonl --out benchmarks/results/study
+    python benchmarks/quality.py --model benchmarks/models/emoji-sdxl --out quick.jsonl --quick    # on a CPU
 
 The engine plays both ranks (``simulate=True``). One JSON line a row, written when the row is done: a run that is cut
 off goes on where it stopped, when it is started again with the same file. ``--cells`` and ``--curves`` select rows by
 patterns, and rows are done in the order of the patterns; ``--list`` shows them.
 
-A *cell* is (steps, guidance scale, solver, dtype): its reference is the plain pipeline in the same dtype. A *curve* is
-a strategy with one parameter. The speed-up bound is that of the plan (`Plan.speedup_bound`), for n plain steps in place
-of T it is ``2T / n``; an adaptive plan belongs to a call, so the bound is a mean over the batches.
+A *cell* is (steps, guidance, solver, dtype): its reference is the plain pipeline. A *curve* is a strategy with one
+parameter. The speed-up bound is over one GPU: that of the plan (`Plan.speedup_bound`), a mean over the calls, as each
+has a plan of its own; ``2T / n`` for n plain steps in place of T; and twice the share saved for those who skip
+(`skippers`), as if two GPUs evaluated the branches side by side. In the main cell there is a second reference, the
+nearly exact solution of the differential equation.
 """
 
 from __future__ import annotations
@@ -19,64 +21,95 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from both_branches import both_branches
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
-from measures import Judge, psnr
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from models.sample import FILES, arguments, noise
+from skippers import METHODS, skipping
 from torch import Tensor
 
 from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
 from hybridiff_xdit.config import TOLERANCE
-from hybridiff_xdit.ranks.comm import Solo
+from hybridiff_xdit.measures import psnr, ssim
 from hybridiff_xdit.schedule.paper import PAPER_PRESETS
-from hybridiff_xdit.schedule.plan import DEFAULT_KINDS
 
-PROMPTS = Path(__file__).parent / "models" / "prompts.txt"
-SHOWN = (15, 16, 45, 47)  # prompts whose pictures are kept for the strip
-TOLERANCES = tuple(TOLERANCE * factor for factor in (0.5, 1, 2, 4, 8))
-SPEEDUPS = (2.05, 2.2, 2.35, 2.5, 2.7, 2.85, 3.0, 3.5, 4.0)
-UNSKIPPED = (2.05, 2.3, 2.5, 2.7, 2.85)  # targets where no step may be SKIPPED
-FEWER = (49, 48, 45, 42, 40, 37, 35, 33, 28, 25)  # plain steps in place of 50
-WINDOWS = (1, 2, 5, 10, 20, 30)  # k of the published rule
-PATTERNS = ("8-48/2", "8-47/3", "10-40/2S", "10-40/3S")
+BOUNDS = (2.2, 2.5, 2.86, 3.33, 4.0, 5.0, 6.0)
+TOLERANCES = tuple(TOLERANCE * factor for factor in (0.25, 0.5, 1, 2, 4))
+FEWER = (48, 45, 40, 35, 30, 25, 20, 17)  # plain steps in place of 50
+BETTER = (40, 30, 25, 20, 17)  # steps of a better solver
+#: Every n-th step FULL, the others SKIPPED, over the whole of a run or its middle.
+EVEN = ("14-34/2S", "20-40/2S", "10-40/2S", "16-46/2S", "6-46/2S", "10-40/3S", "8-47/3S", "8-48/4S", "8-48/5S",
+        "6-48/6S")  # fmt: skip
+WINDOWS = (5, 10, 20, 30)  # k of the published rule
+EXACT = 400  # steps of UniPC, for the nearly exact solution
+BATCH = 16  # pictures a call of ours
+PLAIN_BATCH = 64  # of a strategy whose plan does not depend on the other pictures of its call
+
+#: The parameters of those who skip.
+SKIPPED = {
+    "DBCache": (0.03, 0.06, 0.12, 0.24, 0.5),
+    "DBCache + TaylorSeer": (0.03, 0.06, 0.12, 0.24, 0.5),
+    "first block": (0.03, 0.06, 0.12, 0.24),
+    "SeaCache": (0.1, 0.2, 0.4),
+    "MagCache": (0.06, 0.12, 0.24),
+    "DeepCache": (2, 3, 5),
+    "Taylor 1": (2, 3, 4, 5),
+    "Taylor 2": (2, 3, 4, 5),
+    "Spectrum": (2, 3, 4, 5),
+    "delta reuse": (0.8, 0.6, 0.4, 0.2),
+}
+
+#: Guidance scales that change during a run, by the share of it that is over and the step.
+CHANGES: dict[str, Callable[[float, int], float]] = {
+    "interval": lambda share, step: 5.0 if 0.2 <= share < 0.8 else 1.01,
+    "spikes": lambda share, step: 10.0 if step % 10 == 9 else 5.0,
+    "ramp": lambda share, step: 2.0 + 6.0 * share,
+    "alternation": lambda share, step: 7.0 if step % 2 else 3.0,
+}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What the strategies of one comparison have in common; ``solver`` is the order, ``first`` or ``second``."""
+    """What the strategies of one comparison have in common.
+
+    Attributes:
+        guidance: the scale, or the name of one of `CHANGES`.
+        solver: "first" (Euler or DDIM), "unipc" or "dpm" (DPM-Solver++ 2M).
+    """
 
     steps: int = 50
-    guidance: float = 5.0
+    guidance: float | str = 5.0
     solver: str = "first"
     dtype: str = "float32"
 
     def __str__(self) -> str:
-        return f"T{self.steps}-w{self.guidance:g}-{self.solver}-{self.dtype}"
+        guidance = self.guidance if isinstance(self.guidance, str) else f"w{self.guidance:g}"
+        return f"T{self.steps}-{guidance}-{self.solver}-{self.dtype}"
 
 
 class Plain(NamedTuple):
-    """The pipeline as it is, with so many steps."""
+    """The pipeline as it is, with so many steps; the solver, if it is not the cell's."""
 
     steps: int
+    solver: str | None = None
 
 
-class BothBranches(NamedTuple):
-    """Both branches pipelined after a warm-up of so many steps."""
+class Skip(NamedTuple):
+    """A method of `skippers`."""
 
-    warm_up: int
+    method: str
+    parameter: float
 
 
 class Cap(NamedTuple):
-    """One GPU in the cell's dtype against one GPU in float32: no strategy is closer to float32 than about this."""
+    """One GPU in the cell's dtype beside one GPU in float32: no strategy is closer to float32 than about this."""
 
 
 class Point(NamedTuple):
@@ -84,13 +117,11 @@ class Point(NamedTuple):
 
     curve: str
     parameter: str | float | None
-    run: HybridConfig | Plain | BothBranches | Cap
-    is_shown: bool = False  # in the strip
-    prompts: int | None = None  # only the first so many, one a call
+    run: HybridConfig | Plain | Skip | Cap
 
 
 class Drawn(NamedTuple):
-    """Pictures [N, 3, H, W] in [0, 1], float32, and the plan of each batch."""
+    """Pictures [N, 3, H, W] in [0, 1], float32 (a clip is its frames, one below the other), and each call's plan."""
 
     pictures: Tensor
     plans: list[str]
@@ -100,231 +131,231 @@ class Drawn(NamedTuple):
 # The points of a curve.
 
 
-def one_gpu(cell: Cell) -> list[Point]:
-    return [Point("one GPU", None, Plain(cell.steps), True)]
+def targets(speedups: Iterable[float]) -> list[Point]:
+    return [Point("ours, target", s, HybridConfig(policy="adaptive", speedup=s)) for s in speedups]
 
 
-def fewer(steps: Iterable[int], shown: int | None = None) -> list[Point]:
-    return [Point("fewer plain steps", n, Plain(n), n == shown) for n in steps]
+def tolerances(values: Iterable[float]) -> list[Point]:
+    return [Point("ours, tolerance", t, HybridConfig(policy="adaptive", tolerance=t)) for t in values]
 
 
-def targets(speedups: Iterable[float], shown: float | None = None, kinds: str = DEFAULT_KINDS) -> list[Point]:
-    configs = ((s, HybridConfig(policy="adaptive", speedup=s, kinds=kinds)) for s in speedups)
-    curve = "ours, target" if kinds == DEFAULT_KINDS else f"ours, target, {kinds} only"
-    return [Point(curve, s, config, s == shown) for s, config in configs]
+def even(patterns: Iterable[str]) -> list[Point]:
+    return [Point("ours, evenly spaced", pattern, HybridConfig(plan=pattern)) for pattern in patterns]
 
 
-def tolerances(values: Iterable[float], shown: float | None = None) -> list[Point]:
-    configs = ((t, HybridConfig(policy="adaptive", tolerance=t)) for t in values)
-    return [Point("ours, tolerance", t, config, t == shown) for t, config in configs]
+def fewer(steps: Iterable[int]) -> list[Point]:
+    return [Point("fewer plain steps", n, Plain(n)) for n in steps]
 
 
-def fixed(patterns: Iterable[str], guidance: str = "deferred") -> list[Point]:
-    curve = "ours, fixed" if guidance == "deferred" else f"fixed, {guidance}"
-    return [Point(curve, pattern, HybridConfig(plan=pattern, guidance=guidance)) for pattern in patterns]
+def better(solver: str, steps: Iterable[int]) -> list[Point]:
+    return [Point(f"fewer steps, {solver}", n, Plain(n, solver)) for n in steps]
 
 
-def paper(family: str, cell: Cell, windows: Iterable[int], guidance: str = "mixed") -> list[Point]:
+def paper(family: str, windows: Iterable[int]) -> list[Point]:
     """The published rule with windows of k steps, which must end within the run: that bounds tau_cap."""
-    cap = PAPER_PRESETS[family].scaled(cell.steps).tau_cap
-    curve = "paper" if guidance == "mixed" else f"paper, {guidance}"
-    points = []
-    for k in windows:
-        config = HybridConfig(policy="paper", guidance=guidance, interval=k, tau_cap=min(cap, cell.steps - k))
-        points.append(Point(curve, k, config, curve == "paper" and k in (5, 30)))
-    return points
-
-
-def every_full() -> list[Point]:
-    """All steps FULL: the pictures of one GPU but for rounding, which evaluates the branches apart."""
-    return [Point("cfg", None, HybridConfig(policy="cfg"))]
-
-
-def study(family: str) -> list[tuple[Cell, Point]]:
-    """All rows, the most important first."""
-    main, half, brain = Cell(), Cell(dtype="float16"), Cell(dtype="bfloat16")
-    cap = Point("cap", None, Cap())
-    others = [
-        *fixed(PATTERNS),
-        *fixed(PATTERNS, "reuse"),
-        *paper(family, main, [k for k in WINDOWS if k not in (5, 30)]),
-        *paper(family, main, WINDOWS[2:], "none"),
-        *paper(family, main, WINDOWS[2:], "reuse"),
-        *(Point("both branches", n, BothBranches(n)) for n in (1, 5, 10)),
+    cap, steps = PAPER_PRESETS[family].tau_cap, Cell().steps
+    return [
+        Point("paper", k, HybridConfig(policy="paper", guidance="mixed", interval=k, tau_cap=min(cap, steps - k)))
+        for k in windows
     ]
+
+
+def one_gpu(cell: Cell) -> list[Point]:
+    return [Point("one GPU", None, Plain(cell.steps))]
+
+
+def skippers(pipe: Any, parameters: dict[str, tuple[float, ...]]) -> list[Point]:
+    """Those who skip, where they run on this pipeline."""
+    chosen = {name: values for name, values in parameters.items() if METHODS[name].applies(pipe)}
+    return [Point(name, value, Skip(name, value)) for name, values in chosen.items() for value in values]
+
+
+def study(pipe: Any) -> list[tuple[Cell, Point]]:
+    """All rows, the most important first."""
+    main = Cell()
     work = [
-        (main, one_gpu(main) + targets(SPEEDUPS, shown=2.85) + fewer(FEWER, shown=35)),
-        (main, tolerances(TOLERANCES, shown=TOLERANCE) + paper(family, main, (5, 30))),
-        (main, targets(UNSKIPPED, kinds="FP")),
-        (half, [*one_gpu(half), cap, *every_full()]),
-        (half, tolerances(TOLERANCES, shown=TOLERANCE) + targets(SPEEDUPS, shown=2.85)),
-        (half, fewer(FEWER, shown=35) + paper(family, half, (5, 30))),
-        (brain, [*one_gpu(brain), cap, *every_full()]),
-        (brain, tolerances([TOLERANCE]) + targets((2.5, 2.85)) + fewer((40, 35))),
-        (half, others),  # the plot takes them from here as long as the main cell has none
-        *((cell, grid_points(cell)) for cell in grid("float16") if cell != half),
-        (main, every_full() + others),
-        *((cell, grid_points(cell)) for cell in grid("float32") if cell != main),
+        (main, one_gpu(main) + tolerances(TOLERANCES) + targets(BOUNDS) + even(EVEN) + fewer(FEWER)),
+        (main, skippers(pipe, SKIPPED) + [point for solver in solvers(pipe)[1:] for point in better(solver, BETTER)]),
+        *((cell, grid_points(cell)) for cell in grid(pipe) if cell != main),
+        *(
+            (cell, one_gpu(cell) + tolerances(TOLERANCES[1:4]))
+            for cell in (Cell(guidance=name) for name in changes(pipe))
+        ),
+        *(
+            (cell, [*grid_points(cell), Point("cap", None, Cap())])
+            for cell in (Cell(dtype="float16"), Cell(dtype="bfloat16"))
+        ),
+        *([(main, paper("mmdit" if "3" in type(pipe).__name__ else "unet", WINDOWS))] if is_published(pipe) else []),
     ]
     return [(cell, point) for cell, points in work for point in points]
 
 
-def grid(dtype: str) -> list[Cell]:
+def changes(pipe: Any) -> list[str]:
+    """The changes of guidance that a pipeline can run: a callback must reach its scale."""
+    return list(CHANGES) if type(pipe).__name__.startswith("StableDiffusion") else []
+
+
+def is_published(pipe: Any) -> bool:
+    """Whether the paper has a preset for the pipeline."""
+    return type(pipe).__name__ in ("StableDiffusion3Pipeline", "StableDiffusionXLPipeline")
+
+
+def solvers(pipe: Any) -> tuple[str, ...]:
+    """Those that the pipeline can be called with: Qwen-Image's sets the noise levels, which DPM-Solver++ does not take."""
+    return ("first", "unipc") if type(pipe).__name__ == "QwenImagePipeline" else ("first", "unipc", "dpm")
+
+
+def grid(pipe: Any) -> list[Cell]:
     """T x w x solver; those that differ from the main cell in one thing only come first."""
-    cells = [Cell(t, w, s, dtype) for s in ("first", "second") for w in (5.0, 3.0, 7.5) for t in (50, 28, 20)]
-    main = Cell(dtype=dtype)
-
-    def differences(cell: Cell) -> int:
-        return (cell.steps != main.steps) + (cell.guidance != main.guidance) + (cell.solver != main.solver)
-
-    return sorted(cells, key=differences)
+    cells = [Cell(t, w, s) for s in solvers(pipe) for w in (5.0, 3.0, 7.5) for t in (50, 30, 20)]
+    main = Cell()
+    return sorted(
+        cells, key=lambda c: (c.steps != main.steps) + (c.guidance != main.guidance) + (c.solver != main.solver)
+    )
 
 
 def grid_points(cell: Cell) -> list[Point]:
-    steps = [round(2 * cell.steps / bound) for bound in (2.1, 2.7, 3.4, 4.2)]
-    return one_gpu(cell) + tolerances(TOLERANCES[:4]) + fewer(steps)
+    steps = [round(2 * cell.steps / bound) for bound in (2.1, 2.5, 3.0, 3.6)]
+    return one_gpu(cell) + tolerances(TOLERANCES[1:4]) + fewer(steps)
 
 
-def quick(family: str) -> list[tuple[Cell, Point]]:
+def quick(pipe: Any) -> list[tuple[Cell, Point]]:
     """A few rows of each kind in short runs, for a CPU and for the tests."""
-    main, other = Cell(steps=10), Cell(steps=8, guidance=3.0, solver="second")
-    half = Cell(steps=10, dtype="bfloat16")
+    main, other, half = Cell(10), Cell(8, 3.0, "unipc"), Cell(10, dtype="bfloat16")
     work = [
-        (main, one_gpu(main) + targets((2.1, 2.2), shown=2.2) + fewer((9, 8, 7), shown=8)),
-        (main, tolerances((TOLERANCE, 4 * TOLERANCE), shown=TOLERANCE) + paper(family, main, (1, 2))),
-        (main, fixed(["4-9/2"]) + fixed(["4-9/2"], "reuse") + paper(family, main, [1], "none")),
-        (main, [Point("both branches", 2, BothBranches(2))]),
-        (other, one_gpu(other) + tolerances((TOLERANCE, 4 * TOLERANCE)) + fewer([7])),
+        (main, one_gpu(main) + targets((2.2, 2.5)) + tolerances((TOLERANCE, 8 * TOLERANCE)) + even(["4-8/2S"])),
+        (main, fewer((9, 8, 7)) + skippers(pipe, {"Taylor 1": (2,), "delta reuse": (0.5,)}) + better("unipc", [8])),
+        (other, one_gpu(other) + tolerances((TOLERANCE, 8 * TOLERANCE)) + fewer([7])),
         (half, [*one_gpu(half), Point("cap", None, Cap())]),
     ]
     return [(cell, point) for cell, points in work for point in points]
-
-
-def singles(count: int) -> list[tuple[Cell, Point]]:
-    """A plan a picture beside a plan a batch: the main cell's first prompts, one a call."""
-    points = targets((2.5, 2.85)) + tolerances([TOLERANCE])
-    return [(Cell(), point._replace(curve=f"{point.curve}, one a call", prompts=count)) for point in points]
 
 
 # Drawing.
 
 
 class Studio:
-    """Draws the prompts with one model: the same noise and the same text embeddings for every strategy of a dtype.
+    """Draws the prompts with one model, from the same noise for every strategy.
 
     Args:
         folder: of the model.
-        captions: the prompts.
-        batch: pictures a call of the pipeline.
+        count: of prompts.
+        batch: pictures a call.
     """
 
-    def __init__(self, folder: Path, captions: list[str], batch: int, device: torch.device) -> None:
-        self.folder, self.captions, self.batch, self.device = folder, captions, batch, device
-        self._pipes: dict[str, tuple[Any, Any, dict[str, Tensor]]] = {}  # pipeline, its scheduler, embeddings
-        self._references: dict[Cell, Tensor] = {}
+    def __init__(self, folder: Path, count: int, batch: int, device: torch.device) -> None:
+        self.folder, self.batch, self.device = folder, batch, device
+        self._pipes: dict[str, tuple[Any, Any]] = {}  # by dtype, with its scheduler
+        self._references: dict[tuple[Cell, Plain], Tensor] = {}
+        self.pipe = self._pipe(Cell())
+        file = FILES.get(type(self.pipe).__name__, "prompts.txt")
+        self.prompts = (Path(__file__).parent / "models" / file).read_text().splitlines()[:count]
 
-    def draw(self, cell: Cell, run: HybridConfig | Plain | BothBranches, batch: int, count: int) -> Drawn:
-        """Pictures of the first ``count`` prompts."""
-        pipe, embeds = self._pipe(cell)
+    def draw(self, cell: Cell, run: HybridConfig | Plain | Skip) -> Drawn:
+        """All pictures."""
+        pipe = self._pipe(cell, run.solver if isinstance(run, Plain) else None)
         steps = run.steps if isinstance(run, Plain) else cell.steps
+        depends = run == Plain(cell.steps) or isinstance(run, HybridConfig) and run.plan is None
+        batch = self.batch if depends else max(self.batch, PLAIN_BATCH)
         parts, plans, bounds = [], [], []
-        with _applied(pipe, run):
-            for start in range(0, count, batch):
-                stop = min(start + batch, count)
-                with both_branches(pipe, run.warm_up, Solo()) if isinstance(run, BothBranches) else nullcontext():
-                    pictures = pipe(
-                        num_inference_steps=steps,
-                        guidance_scale=cell.guidance,
-                        latents=_noise(pipe, start, stop),
-                        output_type="pt",
-                        **{name: tensor[start:stop] for name, tensor in embeds.items()},
-                    ).images
-                parts.append(pictures.float())
+        with _applied(pipe, run, steps) as bound:
+            for start in range(0, len(self.prompts), batch):
+                parts.append(self._call(pipe, cell, steps, range(start, min(start + batch, len(self.prompts)))))
                 report = last_report(pipe)
                 plans.append(report["plan"] if report else "")
-                bounds.append(report["speedup_bound"] if report else 2.0 * cell.steps / steps)
+                bounds.append(report["speedup_bound"] if report else bound(cell.steps))
         return Drawn(torch.cat(parts), plans, sum(bounds) / len(bounds))
 
-    def reference(self, cell: Cell) -> Tensor:
-        """The one-GPU pictures of a cell, drawn once."""
-        if cell not in self._references:
-            self._references[cell] = self.draw(cell, Plain(cell.steps), self.batch, len(self.captions)).pictures
-        return self._references[cell]
+    def reference(self, cell: Cell, run: Plain | None = None) -> Tensor:
+        """The one-GPU pictures of a cell, or of other steps, drawn once."""
+        run = run or Plain(cell.steps)
+        if (cell, run) not in self._references:
+            self._references[cell, run] = self.draw(cell, run).pictures
+        return self._references[cell, run]
 
-    def _pipe(self, cell: Cell) -> tuple[Any, dict[str, Tensor]]:
-        """The pipeline with the cell's dtype and solver, and the prompts' embeddings."""
+    def _call(self, pipe: Any, cell: Cell, steps: int, seeds: range) -> Tensor:
+        change = CHANGES.get(str(cell.guidance))
+        given = arguments(pipe, [self.prompts[i] for i in seeds], change(0.0, 0) if change else float(cell.guidance))
+        if change:
+
+            def after(pipe: Any, step: int, time: Any, kept: dict[str, Any]) -> dict[str, Any]:
+                pipe._guidance_scale = change((step + 1) / steps, step + 1)
+                return kept
+
+            given["callback_on_step_end"] = after
+        given |= {"num_inference_steps": steps, "latents": noise(pipe, seeds), "output_type": "pt"}
+        drawn = pipe(**given)
+        if "frames" not in drawn:
+            return drawn.images.float()
+        return torch.as_tensor(drawn.frames).float().transpose(1, 2).flatten(2, 3)  # [N, F, 3, H, W] before
+
+    def _pipe(self, cell: Cell, solver: str | None = None) -> Any:
+        """The pipeline with the cell's dtype and solver."""
         if cell.dtype not in self._pipes:
             dtype = getattr(torch, cell.dtype)
             pipe = DiffusionPipeline.from_pretrained(self.folder, torch_dtype=dtype, local_files_only=True)
             pipe.to(self.device).set_progress_bar_config(disable=True)
-            names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-            texts = {name: self.captions for name in ("prompt", "prompt_2", "prompt_3")[: 3 if _is_mmdit(pipe) else 2]}
-            with torch.no_grad():
-                embeds = dict(zip(names, pipe.encode_prompt(**texts), strict=True))
-            self._pipes[cell.dtype] = pipe, pipe.scheduler, embeds
-        pipe, scheduler, embeds = self._pipes[cell.dtype]
-        pipe.scheduler = scheduler if cell.solver == "first" else _second_order(pipe, scheduler)
-        return pipe, embeds
+            self._pipes[cell.dtype] = pipe, pipe.scheduler
+        pipe, scheduler = self._pipes[cell.dtype]
+        pipe.scheduler = solver_of(scheduler, solver or cell.solver)
+        return pipe
 
 
-def _noise(pipe: Any, start: int, stop: int) -> Tensor:
-    """Noise of the prompts, [N, C, H, W]: drawn in float32, because the generator's stream depends on the dtype."""
-    denoiser = pipe.transformer if _is_mmdit(pipe) else pipe.unet
-    side = denoiser.config.sample_size
-    shape = (1, denoiser.config.in_channels, side, side)
-    noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(start, stop)])
-    return noise.to(pipe.device, denoiser.dtype)
+def solver_of(scheduler: Any, solver: str) -> Any:
+    """That solver on the time steps of a pipeline's own scheduler; one evaluation a step."""
+    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    if "beta_schedule" in config and not config.get("use_flow_sigmas"):
+        names = ("beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_spacing", "steps_offset")
+        kept = {name: config[name] for name in names if name in config}
+        if solver == "first":
+            return DDIMScheduler(**kept, clip_sample=False, set_alpha_to_one=False)
+        return (UniPCMultistepScheduler if solver == "unipc" else DPMSolverMultistepScheduler)(**kept)
+    shift = config.get("flow_shift", config.get("shift", 1.0))
+    if solver == "first":
+        from diffusers import FlowMatchEulerDiscreteScheduler as Euler
 
-
-def _is_mmdit(pipe: Any) -> bool:
-    return hasattr(pipe, "transformer")
-
-
-def _second_order(pipe: Any, first_order: Any) -> DPMSolverMultistepScheduler:
-    """DPM-Solver++ 2M: one evaluation a step, as the first-order solvers."""
-    if _is_mmdit(pipe):
-        return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-    return DPMSolverMultistepScheduler.from_config(first_order.config)
+        return Euler.from_config(scheduler.config) if isinstance(scheduler, Euler) else Euler(shift=shift)
+    chosen = UniPCMultistepScheduler if solver == "unipc" else DPMSolverMultistepScheduler
+    return chosen(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
 
 
 @contextmanager
-def _applied(pipe: Any, run: HybridConfig | Plain | BothBranches) -> Iterator[None]:
-    if not isinstance(run, HybridConfig):
-        yield
-        return
-    # The cut shall not depend on the machine.
-    apply_hybrid(pipe, replace(run, balance="flops"), simulate=True)
-    try:
-        yield
-    finally:
-        remove_hybrid(pipe)
+def _applied(pipe: Any, run: HybridConfig | Plain | Skip, steps: int) -> Iterator[Callable[[int], float]]:
+    """Have the pipeline run so; what says the bound in place of so many plain steps, where no plan does."""
+    if isinstance(run, Plain):
+        yield lambda whole: 2.0 * whole / steps
+    elif isinstance(run, Skip):
+        with skipping(pipe, run.method, run.parameter, steps) as work:
+            yield lambda whole: 2.0 / work.share
+    else:
+        # The cut shall not depend on the machine.
+        apply_hybrid(pipe, replace(run, balance="flops"), simulate=True)
+        try:
+            yield lambda whole: 2.0
+        finally:
+            remove_hybrid(pipe)
 
 
 # Rows.
 
 
-def row_of(studio: Studio, judge: Judge, cell: Cell, point: Point) -> tuple[dict[str, Any], Tensor]:
-    """Draw and measure a point; also its pictures."""
+def row_of(studio: Studio, cell: Cell, point: Point, is_exact: bool) -> dict[str, Any]:
+    """Draw and measure a point, if asked beside the nearly exact solution too."""
     start = time.perf_counter()
-    count = point.prompts or len(studio.captions)
     if isinstance(point.run, Cap):
         drawn = Drawn(studio.reference(cell), [""], 2.0)
-        measured: dict[str, Any] = judge.beside(drawn.pictures, studio.reference(_in_float32(cell)))
+        reference = studio.reference(replace(cell, dtype="float32"))
     elif point.curve == "one GPU":
-        drawn = Drawn(studio.reference(cell), [""], 2.0)
-        measured = judge.alone(drawn.pictures)
-    elif point.prompts:
-        drawn = studio.draw(cell, point.run, 1, count)
-        together = studio.draw(cell, point.run, count, count)
-        reference = studio.reference(cell)[:count]
-        means = (round(psnr(pictures, reference).mean().item(), 2) for pictures in (drawn.pictures, together.pictures))
-        measured = dict(zip(("psnr_mean", "psnr_mean_together"), means, strict=True))
-        measured["bound_together"] = round(together.bound, 4)
+        drawn, reference = Drawn(studio.reference(cell), [""], 2.0), None
     else:
-        drawn = studio.draw(cell, point.run, studio.batch, count)
-        measured = {**judge.beside(drawn.pictures, studio.reference(cell)), **judge.alone(drawn.pictures)}
+        drawn, reference = studio.draw(cell, point.run), studio.reference(cell)
+    measured: dict[str, Any] = {}
+    if reference is not None:
+        measured = {"psnr": _summary(drawn.pictures, reference), "ssim": round(ssim(drawn.pictures, reference), 5)}
+    if is_exact:
+        measured["psnr_exact"] = _summary(drawn.pictures, studio.reference(cell, Plain(EXACT, "unipc")))
     return {
-        **_key(studio.folder, cell, point, count),
+        **_key(studio, cell, point),
         "steps": cell.steps,
         "guidance_scale": cell.guidance,
         "solver": cell.solver,
@@ -333,23 +364,25 @@ def row_of(studio: Studio, judge: Judge, cell: Cell, point: Point) -> tuple[dict
         "plan": drawn.plans[0],  # of the first batch
         "plans": len(set(drawn.plans)),  # that differ
         **measured,
-        "batch": 1 if point.prompts else studio.batch,
+        "batch": studio.batch,
         "seconds": round(time.perf_counter() - start, 2),
-    }, drawn.pictures
+    }
 
 
-def _in_float32(cell: Cell) -> Cell:
-    return Cell(cell.steps, cell.guidance, cell.solver)
+def _summary(pictures: Tensor, reference: Tensor) -> list[float]:
+    """Mean and 5th percentile."""
+    values = psnr(pictures, reference)
+    return [round(values.mean().item(), 2), round(values.quantile(0.05).item(), 2)]
 
 
-def _key(folder: Path, cell: Cell, point: Point, prompts: int) -> dict[str, Any]:
+def _key(studio: Studio, cell: Cell, point: Point) -> dict[str, Any]:
     """What makes a row the same row."""
     return {
-        "model": folder.name,
+        "model": studio.folder.name,
         "cell": str(cell),
         "curve": point.curve,
         "parameter": point.parameter,
-        "prompts": prompts,
+        "prompts": len(studio.prompts),
     }
 
 
@@ -363,81 +396,54 @@ def selected(work: list[tuple[Cell, Point]], cells: list[str], curves: list[str]
     return [(cell, point) for ranks, cell, point in sorted(ranked, key=lambda item: item[0]) if min(ranks) >= 0]
 
 
-def run(
-    folder: Path,
-    out: Path,
-    work: list[tuple[Cell, Point]],
-    *,
-    prompts: int,
-    batch: int,
-    seconds: float = float("inf"),
-    clip: Path | None = None,
-) -> None:
-    """Append the rows that the file does not hold yet, and keep the pictures of the strip beside it (.npz).
+def run(studio: Studio, out: Path, work: list[tuple[Cell, Point]], seconds: float = float("inf")) -> None:
+    """Append the rows that the file does not hold yet.
 
     Args:
-        folder: of the model.
         out: JSON lines.
-        prompts: how many of the list.
-        batch: pictures a call.
         seconds: no row is begun after so many.
-        clip: folder of a CLIP checkpoint.
     """
     begin = time.perf_counter()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    captions = PROMPTS.read_text().splitlines()[:prompts]
-    studio, judge = Studio(folder, captions, batch, device), Judge(captions, device, clip)
     done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    shown_file = out.with_suffix(".npz")
-    shown = dict(np.load(shown_file)) if shown_file.exists() else {}
     facts = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU {platform.machine()}",
-        **{name: version(name) for name in ("torch", "diffusers", "transformers", "torchmetrics")},
+        "device": torch.cuda.get_device_name() if studio.device.type == "cuda" else f"CPU {platform.machine()}",
+        **{name: version(name) for name in ("torch", "diffusers", "transformers")},
     }
     for cell, point in work:
-        key = _key(folder, cell, point, point.prompts or prompts)
+        key = _key(studio, cell, point)
         if any(key.items() <= row.items() for row in done):
             continue
         if time.perf_counter() - begin > seconds:
             print("out of time: start again with the same file to go on")
             return
-        row, pictures = row_of(studio, judge, cell, point)
+        row = row_of(studio, cell, point, is_exact=cell == Cell())
         with out.open("a") as file:
             file.write(json.dumps({**row, **facts}) + "\n")
-        if point.is_shown:
-            few = pictures[[i for i in SHOWN if i < prompts] or [0]].permute(0, 2, 3, 1)
-            shown[f"{cell}/{point.curve}/{point.parameter}"] = (255 * few).round().byte().cpu().numpy()
-            np.savez_compressed(shown_file, **shown)  # type: ignore[arg-type]
         parameter = "" if point.parameter is None else f" {point.parameter}"
-        print(
-            f"{cell}  {point.curve}{parameter}: bound {row['bound']}, PSNR {row.get('psnr')}, {row['seconds']} s",
-            flush=True,
-        )
+        measured = f"PSNR {row.get('psnr')}, {row['seconds']} s"
+        print(f"{studio.folder.name}  {cell}  {point.curve}{parameter}: bound {row['bound']}, {measured}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of emoji-sd3 or emoji-sdxl")
-    parser.add_argument("--out", type=Path, default=Path("frontier.jsonl"), help="JSON lines, added to")
-    parser.add_argument("--prompts", type=int, help="default 256; quick: 4")
-    parser.add_argument("--batch", type=int, default=64, help="pictures a call")
+    parser.add_argument("--model", type=Path, required=True, help="folder of a small model")
+    parser.add_argument("--out", type=Path, default=Path("rows.jsonl"), help="JSON lines, added to")
+    parser.add_argument("--prompts", type=int, help="default 128; quick: 4")
+    parser.add_argument("--batch", type=int, default=BATCH, help="pictures a call of ours")
     parser.add_argument("--cells", nargs="+", default=["*"], help="patterns, such as T50-w5-first-* *-float16")
     parser.add_argument("--curves", nargs="+", default=["*"], help="patterns, such as 'one GPU' 'ours*' fewer*")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after so many")
     parser.add_argument("--quick", action="store_true", help="short runs and few rows, for a CPU")
-    parser.add_argument("--single", type=int, metavar="N", help="only: a plan a picture, for the first N prompts")
-    parser.add_argument("--clip", type=Path, help="folder of a CLIP checkpoint, for the CLIP score")
     parser.add_argument("--list", action="store_true", help="show the rows and stop")
     args = parser.parse_args()
-    family = "mmdit" if (args.model / "transformer").exists() else "unet"
-    work = singles(args.single) if args.single else quick(family) if args.quick else study(family)
-    work = selected(work, args.cells, args.curves)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    studio = Studio(args.model, args.prompts or (4 if args.quick else 128), args.batch, device)
+    work = selected((quick if args.quick else study)(studio.pipe), args.cells, args.curves)
     if args.list:
         print("\n".join(f"{cell}  {point.curve}  {point.parameter}" for cell, point in work), f"\n{len(work)} rows")
         return
-    prompts = args.prompts or (4 if args.quick else 256)
-    run(args.model, args.out, work, prompts=prompts, batch=args.batch, seconds=args.seconds, clip=args.clip)
+    run(studio, args.out, work, args.seconds)
 
 
 if __name__ == "__main__":
