@@ -255,7 +255,7 @@ class Studio:
         """All pictures."""
         pipe = self._pipe(cell, run.solver if isinstance(run, Plain) else None)
         steps = run.steps if isinstance(run, Plain) else cell.steps
-        depends = run == Plain(cell.steps) or isinstance(run, HybridConfig) and run.plan is None
+        depends = run == Plain(cell.steps) or (isinstance(run, HybridConfig) and run.plan is None)
         batch = self.batch if depends else max(self.batch, PLAIN_BATCH)
         parts, plans, bounds = [], [], []
         with _applied(pipe, run, steps) as bound:
