@@ -201,7 +201,7 @@ def is_published(pipe: Any) -> bool:
 
 
 def solvers(pipe: Any) -> tuple[str, ...]:
-    """Those that the pipeline can be called with: Qwen-Image's sets the noise levels, which DPM-Solver++ does not take."""
+    """Those that the pipeline takes. Qwen-Image's sets the noise levels, which DPM-Solver++ has no use for."""
     return ("first", "unipc") if type(pipe).__name__ == "QwenImagePipeline" else ("first", "unipc", "dpm")
 
 

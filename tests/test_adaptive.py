@@ -74,7 +74,7 @@ def gaps(plan):
 def test_level_bends_give_level_groups():
     for tolerance, length in ((0.001, 2), (0.003, 3)):
         plan = plan_of(50, tolerance=tolerance)
-        assert {gap for step, gap in gaps(plan) if 6 <= step < 36} == {length}, plan
+        assert {gap for step, gap in gaps(plan) if 12 <= step < 36} == {length}, plan
 
 
 @pytest.mark.parametrize("kinds", KINDS)
@@ -87,7 +87,7 @@ def test_a_smaller_tolerance_never_saves_more(steps, law, kinds):
 
 
 def test_saving_waits_while_the_bends_fall_and_ends_as_they_rise():
-    plans = {name: plan_of(50, law, tolerance=0.004) for name, law in LAWS.items()}
+    plans = {name: plan_of(50, law, tolerance=0.001) for name, law in LAWS.items()}
     first = {name: len(plan) - len(plan.lstrip("F")) for name, plan in plans.items()}
     last = {name: len(plan.rstrip("F")) for name, plan in plans.items()}
     assert first["falling"] >= first["level"] + 5
@@ -98,6 +98,18 @@ def test_saving_waits_while_the_bends_fall_and_ends_as_they_rise():
 def test_of_bends_tolerance_and_guidance_only_the_ratio_counts(law):
     plans = {plan_of(50, LAWS[law], cond=c, w=1 + c * 4, tolerance=c * 0.02) for c in (1, 2, 4)}
     assert len(plans) == 1 and saved(*plans) > 0
+
+
+def test_a_tolerance_lets_the_first_fifth_alone():
+    for steps in (20, 50, 100):
+        plan = plan_of(steps, lambda step, steps: 1e-6, tolerance=0.01)
+        assert plan.index("S") == steps // 5 + 1
+
+
+def test_a_target_waits_where_bends_are_larger_than_is_usual():
+    small, large = (plan_of(50, lambda step, steps, bend=bend: bend, speedup=2.5) for bend in (1.0, 100.0))
+    assert small.index("S") == 5 and large.index("S") > 15
+    assert saved(small) == saved(large) == 10
 
 
 def test_a_group_grows_by_one_and_shrinks_at_once():

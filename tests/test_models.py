@@ -14,7 +14,7 @@ from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybri
 
 MODELS = Path(__file__).parents[1] / "benchmarks" / "models"
 #: Number of blocks in front; first and last module of the inner part.
-CUTS = {"emoji-sd3": 4, "emoji-sdxl": ("down_blocks.1.attentions.0", "up_blocks.1.resnets.1")}
+CUTS = {"emoji-sd3": 3, "emoji-sdxl": ("down_blocks.1.attentions.0", "up_blocks.1.resnets.0")}
 STEPS = 10
 
 

@@ -31,13 +31,13 @@ a group has the kind and the length that minimise its net cost per step,
 .. math:: \min_{n \ge 1,\ \mathrm{kind}} \frac{\lambda E(n)^2 - S(n)}{n}, \qquad
           S(n) = \tfrac{n - 1}{2} \text{ or } n - 1 \text{ forwards saved,}
 
-but it is at most one step longer than the group before it: a bend that was measured over short distances says little
-of long ones. With a tolerance :math:`\tau` the price is :math:`T / \tau^2`: a forward saved may add
-:math:`\tau / \sqrt T`, and a run in which most are saved about :math:`\tau`. With a target speed-up the price is set
-anew on every FULL step, such that the rest of the run saves what is left to save. For that :math:`E(2)` is forecast: on
-the way to the middle of the run (`SETTLED`) it goes three quarters of the way to what it is with other models (`TYPICAL`), in
-orders of magnitude, if that is less; late in the run (`LATE`) it grows as :math:`r^{-2}`. So a run does not start to
-save while waiting is cheaper, and what is measured corrects the forecast. A tolerance needs no forecast. But it lets the
+but it is at most one step longer than the group before it: a bend that was measured over short distances says little of
+long ones. With a tolerance :math:`\tau` the price is :math:`T / \tau^2`: a forward saved may add :math:`\tau / \sqrt
+T`, and a run in which most are saved about :math:`\tau`. With a target speed-up the price is set anew on every FULL
+step, such that the rest of the run saves what is left to save. For that :math:`E(2)` is forecast: on the way to the
+middle of the run (`SETTLED`) it goes three quarters of the way to what it is with other models (`TYPICAL`), in orders
+of magnitude, if that is less; late in the run (`LATE`) it grows as :math:`r^{-2}`. So a run does not start to save
+while waiting is cheaper, and what is measured corrects the forecast. A tolerance needs no forecast. But it lets the
 first fifth of a run alone (`EARLY`): what is missed there grows by what the network makes of it later, of which nothing
 is known yet. While predictions bend fast the best length is 1, so a run begins with FULL steps by itself. It ends with
 two: what a group that ends with the last step missed would be paid by a prediction that hardly counts.
@@ -66,6 +66,8 @@ TYPICAL = 5e-4
 SETTLED = 0.35  # of a run: by then it is near that
 LATE = 0.7  # of a run: from then on it grows
 
+MOST = 3  # times as fast as with every step FULL: beyond this nothing was measured to be worth having
+
 LAST_FULL = 2  # steps at the end of a run
 
 GROWN = 1.1  # times the guidance that a group was priced for, above which it ends
@@ -92,7 +94,9 @@ class AdaptiveSettings(Settings):
     )
     speedup: float | None = option(
         "Target speed-up over one GPU, for example 2.5. It replaces the tolerance: the policy skips the steps whose "
-        "estimated error is smallest until the target is met.",
+        "estimated error is smallest until the target is met. With 50 steps and up to 3.3 it was closer than any other "
+        "way of saving as much time on all six models of our study, up to 6 on five of them. With fewer steps ask for "
+        "less.",
         type=float,
         metavar="S",
     )
@@ -109,9 +113,9 @@ class AdaptiveSettings(Settings):
             refuse("speedup", "give it or --hybrid_tolerance, not both")
         if given.tolerance is not None and not 0 < given.tolerance < math.inf:
             refuse("tolerance", f"give a positive number, such as {TOLERANCE}")
-        most = 5 * given.stages
-        if given.speedup is not None and not 1 <= given.speedup < most:
-            refuse("speedup", f"give a number from 1 (on two GPUs 2, every step FULL) to less than {most}, such as 2.5")
+        most = MOST * given.stages
+        if given.speedup is not None and not 1 <= given.speedup <= most:
+            refuse("speedup", f"give a number from 1 (on two GPUs 2, every step FULL) to {most}, such as 2.5")
         return {"tolerance": TOLERANCE} if given.tolerance is None and given.speedup is None else {}
 
 

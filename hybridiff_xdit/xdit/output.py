@@ -105,7 +105,10 @@ def summary(report: dict[str, Any] | None, steps: int, seconds: float) -> str:
         return f"{steps} steps; {took}"
     of = "one GPU" if report["sequence_degree"] == 1 else f"{report['sequence_degree']} GPUs that split the tokens"
     bound = f"speed-up bound {report['speedup_bound']:.2f}"
-    return f"{counts(report['plan'])} of {report['num_steps']} steps; {bound} over {of}; {took}"
+    asked = report["config"].get("tolerance")
+    # Without a word a run that gains nothing would look like one that was asked for nothing.
+    why = f" (nothing could be skipped within tolerance {asked:g})" if asked and set(report["plan"]) == {"F"} else ""
+    return f"{counts(report['plan'])} of {report['num_steps']} steps{why}; {bound} over {of}; {took}"
 
 
 def counts(plan: str) -> str:
