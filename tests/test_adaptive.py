@@ -130,6 +130,11 @@ def test_guidance_that_grows_ends_a_group():
         assert plan[: at + 1] == plain[: at + 1] and plan[at + 1] == kind
 
 
+def test_a_group_that_guidance_ends_gives_its_saving_back():
+    plan = plan_of(50, speedup=4.0, w=lambda step: 10.0 if step % 10 == 9 else 5.0)
+    assert saved(plan) == saved(plan_of(50, speedup=4.0)) and plan != plan_of(50, speedup=4.0)
+
+
 def test_only_the_kinds_that_are_allowed():
     for kinds in KINDS:
         assert set(plan_of(50, tolerance=0.05, kinds=kinds)) <= set(kinds)
