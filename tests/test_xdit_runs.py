@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -146,3 +147,16 @@ def test_runner_refuses_a_wrong_world_size(models, tmp_path):
     result = run_module("hybridiff_xdit.xdit.runner", *flags, processes=1, cwd=tmp_path, check=False)
     assert result.returncode != 0
     assert "error on rank 0: --parallel hybrid-cond needs 2 processes, not 1" in result.stderr
+
+
+def test_the_embedded_model_for_video_writes_a_clip(tmp_path):
+    flags = ["--model", "emoji-wan", "--parallel", "hybrid-cond", "--num_inference_steps", "2", "--prompt"]
+    shown = run_module(
+        "hybridiff_xdit.xdit.runner", *flags, "a cat", "--output_directory", tmp_path, processes=2
+    ).stderr
+    (file,) = tmp_path.iterdir()
+    assert file.name in shown and file.suffix == ".mp4"
+    with av.open(file) as clip:
+        frames = [frame.to_ndarray(format="rgb24") for frame in clip.decode(video=0)]
+    assert [frame.shape for frame in frames] == [(64, 64, 3)] * 9
+    assert np.std(frames) > 5  # not of one colour
