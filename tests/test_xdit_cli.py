@@ -17,7 +17,7 @@ from nursery import launch, run_module
 
 from hybridiff_xdit import HybridConfig
 from hybridiff_xdit.seam.checkpoints import resolve
-from hybridiff_xdit.xdit import cli, compat, options
+from hybridiff_xdit.xdit import cli, compat, options, output
 
 
 @pytest.fixture(scope="module")
@@ -496,3 +496,10 @@ def test_the_groups_check_the_degrees():
         words = rf"--hybrid_stages {hybrid.stages} .*--pipefusion_parallel_degree, and that is {degree}"
         with pytest.raises(ValueError, match=words):
             groups._check(engine(pp_degree=degree), hybrid)
+
+
+def test_a_run_that_its_tolerance_keeps_full_says_so():
+    report = {"plan": "FFFF", "num_steps": 4, "speedup_bound": 2.0, "sequence_degree": 1, "config": {"tolerance": 0.01}}
+    assert "4 FULL of 4 steps (nothing could be skipped within tolerance 0.01); " in output.summary(report, 4, 1.0)
+    assert "(" not in output.summary({**report, "config": {"tolerance": None}}, 4, 1.0)
+    assert "(" not in output.summary({**report, "plan": "FFSF"}, 4, 1.0)
