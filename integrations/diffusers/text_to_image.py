@@ -17,7 +17,7 @@ from hybridiff_xdit.seam.checkpoints import resolve
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="emoji-sd3", help="hub id, diffusers folder, or one of this repository's small models")
+    parser.add_argument("--model", default="emoji-sd3", help="hub id, folder, or a small model of this repository")
     parser.add_argument("--prompt", default="google style emoji of grinning face")
     parser.add_argument("--policy", help="adaptive, cfg, paper or fixed; default adaptive, or fixed with --plan")
     parser.add_argument("--speedup", type=float, help="for adaptive: bound of the speed-up to reach, such as 2.5")
