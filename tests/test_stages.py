@@ -213,7 +213,7 @@ def blocking(name, fields):
     if dist.get_rank() == 0:
         Comm().send(torch.zeros(1), 1).wait()
     elif dist.get_rank() == 1:
-        time.sleep(0.5)
+        time.sleep(0.7)  # a rank may leave the barrier a little later than the other
         Comm().receive(torch.empty(1), 0)
     seconds = time.monotonic() - start
     with waiting_at_once():
@@ -225,7 +225,7 @@ def blocking(name, fields):
 def test_nothing_waits_in_a_circle(eight, name, plan):
     fields = {"plan": plan, "stages": 8}
     outcomes = eight.run(blocking, name, fields, timeout=120)
-    assert outcomes[0][1] > 0.2
+    assert outcomes[0][1] > 0.4
     alone, _ = simulated(name, fields)
     assert all(torch.equal(latents, alone) for latents, _ in outcomes)
 
@@ -234,7 +234,7 @@ def test_nothing_waits_in_a_circle(eight, name, plan):
 @pytest.mark.parametrize("name", ["sd3", "sdxl"])
 def test_nothing_waits_in_a_circle_with_two_stages(pair, name, plan):
     outcomes = pair.run(blocking, name, {"plan": plan}, timeout=120)
-    assert outcomes[0][1] > 0.2
+    assert outcomes[0][1] > 0.4
     alone, _ = simulated(name, {"plan": plan})
     assert all(torch.equal(latents, alone) for latents, _ in outcomes)
 
