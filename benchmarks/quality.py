@@ -10,7 +10,7 @@ patterns, and rows are done in the order of the patterns; ``--list`` shows them.
 
 A *cell* is (steps, guidance, solver, dtype): its reference is the plain pipeline. A *curve* is a strategy with one
 parameter. The speed-up bound is over one GPU: that of the plan (`Plan.speedup_bound`), a mean over the calls, as each
-has a plan of its own; ``2T / n`` for n plain steps in place of T; and twice the share saved for those who skip
+has a plan of its own; ``2T / n`` for n plain steps in place of T; and 2 over the evaluated share for those who skip
 (`skippers`), as if two GPUs evaluated the branches side by side. In the main cell there is a second reference, the
 nearly exact solution of the differential equation.
 """
@@ -30,7 +30,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from models.sample import FILES, arguments, noise
 from skippers import METHODS, skipping
 from torch import Tensor
@@ -303,20 +309,23 @@ class Studio:
 
 def solver_of(scheduler: Any, solver: str) -> Any:
     """That solver on the time steps of a pipeline's own scheduler; one evaluation a step."""
-    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    config = scheduler.config
+    better = UniPCMultistepScheduler if solver == "unipc" else DPMSolverMultistepScheduler
     if "beta_schedule" in config and not config.get("use_flow_sigmas"):
         names = ("beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_spacing", "steps_offset")
         kept = {name: config[name] for name in names if name in config}
         if solver == "first":
             return DDIMScheduler(**kept, clip_sample=False, set_alpha_to_one=False)
-        return (UniPCMultistepScheduler if solver == "unipc" else DPMSolverMultistepScheduler)(**kept)
+        return better(**kept)
     shift = config.get("flow_shift", config.get("shift", 1.0))
     if solver == "first":
-        from diffusers import FlowMatchEulerDiscreteScheduler as Euler
-
-        return Euler.from_config(scheduler.config) if isinstance(scheduler, Euler) else Euler(shift=shift)
-    chosen = UniPCMultistepScheduler if solver == "unipc" else DPMSolverMultistepScheduler
-    return chosen(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+        is_euler = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+        return (
+            FlowMatchEulerDiscreteScheduler.from_config(config)
+            if is_euler
+            else FlowMatchEulerDiscreteScheduler(shift=shift)
+        )
+    return better(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
 
 
 @contextmanager

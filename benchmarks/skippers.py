@@ -31,6 +31,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from hybridiff_xdit.seam.hooks import denoiser_of
+
 os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")  # read when it is imported
 
 
@@ -80,11 +82,6 @@ def skipping(pipe: DiffusionPipeline, method: str, parameter: float, steps: int)
     work = Work()
     with METHODS[method].opened(pipe, parameter, steps, work):
         yield work
-
-
-def denoiser_of(pipe: DiffusionPipeline) -> nn.Module:
-    """The network that a pipeline evaluates on every step."""
-    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
 
 
 @contextmanager

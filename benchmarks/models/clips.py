@@ -10,10 +10,10 @@ import random
 
 import torch
 import torch.nn.functional as F
+from sample import FRAMES
 from scenes import COLOURS
 from torch import Tensor
 
-FRAMES = 9
 MOTIONS = {  # from the first to the last frame: x and y (half a picture is 1), angle, logarithm of the size
     "moving left": (-1.0, 0.0, 0.0, 0.0),
     "moving right": (1.0, 0.0, 0.0, 0.0),

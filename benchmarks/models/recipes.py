@@ -36,6 +36,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from sample import denoiser
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -127,11 +128,6 @@ class Recipe(ABC):
     def trained(self, pipe: DiffusionPipeline) -> list[nn.Module]:
         """The denoiser, and what is trained with it."""
         return [denoiser(pipe), pipe.text_encoder]
-
-
-def denoiser(pipe: DiffusionPipeline) -> nn.Module:
-    """The pipeline's transformer or U-Net."""
-    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
 
 
 # --- training examples --------------------------------------------------------------------------

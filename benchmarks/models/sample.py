@@ -57,11 +57,16 @@ def arguments(pipe: DiffusionPipeline, prompts: Sequence[str], guidance: float) 
     return given
 
 
+def denoiser(pipe: DiffusionPipeline) -> torch.nn.Module:
+    """The pipeline's transformer or U-Net."""
+    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+
+
 def noise(pipe: Any, seeds: Iterable[int]) -> torch.Tensor:
     """What the pipeline starts from, a sample a seed: drawn in float32 on the CPU, whatever runs where."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    denoiser = pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
-    channels, extra = denoiser.config.in_channels, {}
+    network = denoiser(pipe)
+    channels, extra = network.config.in_channels, {}
     match type(pipe).__name__:
         case "QwenImagePipeline":
             channels //= 4  # two by two places are one token
@@ -71,7 +76,7 @@ def noise(pipe: Any, seeds: Iterable[int]) -> torch.Tensor:
         len(generators), channels, 64, 64, dtype=torch.float32, device="cpu", generator=generators, **extra
     )
     latents = found[0] if isinstance(found, tuple) else found
-    return latents.to(pipe.device, denoiser.dtype)
+    return latents.to(pipe.device, network.dtype)
 
 
 def draw(

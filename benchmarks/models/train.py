@@ -28,9 +28,9 @@ import transformers  # noqa: E402
 from clips import Clips  # noqa: E402
 from data import Emoji, load  # noqa: E402
 from diffusers import DiffusionPipeline  # noqa: E402
-from recipes import RECIPES, Recipe, denoiser, standardise  # noqa: E402
+from recipes import RECIPES, Recipe, standardise  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from sample import draw, prompts_of, sheet  # noqa: E402
+from sample import denoiser, draw, prompts_of, sheet  # noqa: E402
 from scenes import Scenes  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import CLIPTokenizer  # noqa: E402
