@@ -32,15 +32,18 @@ a group has the kind and the length that minimise its net cost per step,
           S(n) = \tfrac{n - 1}{2} \text{ or } n - 1 \text{ forwards saved,}
 
 but it is at most one step longer than the group before it: a bend that was measured over short distances says little of
-long ones. With a tolerance :math:`\tau` the price is :math:`T / \tau^2`: a forward saved may add :math:`\tau / \sqrt
-T`, and a run in which most are saved about :math:`\tau`. With a target speed-up the price is set anew on every FULL
-step, such that the rest of the run saves what is left to save. For that :math:`E(2)` is forecast: on the way to the
-middle of the run (`SETTLED`) it goes three quarters of the way to what it is with other models (`TYPICAL`), in orders
-of magnitude, if that is less; late in the run (`LATE`) it grows as :math:`r^{-2}`. So a run does not start to save
-while waiting is cheaper, and what is measured corrects the forecast. A tolerance needs no forecast. But it lets the
-first fifth of a run alone (`EARLY`): what is missed there grows by what the network makes of it later, of which nothing
-is known yet. While predictions bend fast the best length is 1, so a run begins with FULL steps by itself. It ends with
+long ones. While predictions bend fast the best length is 1, so a run begins with FULL steps by itself. It ends with
 two: what a group that ends with the last step missed would be paid by a prediction that hardly counts.
+
+With a *tolerance* :math:`\tau` the price is :math:`T / \tau^2`: a forward saved may add :math:`\tau / \sqrt{T}`, and a
+run in which most are saved about :math:`\tau`. The first fifth of the run is left alone (`EARLY`). What is missed there
+grows by what the network makes of it later, of which nothing is known yet.
+
+With a *target* speed-up the price is set anew on every FULL step, such that the rest of the run saves what is left to
+save. For that :math:`E(2)` is forecast. By the middle of the run (`SETTLED`) it is expected to have fallen three
+quarters of the way, in orders of magnitude, to its level on other models (`TYPICAL`). Where it is below that level it
+is expected to stay. Late in the run (`LATE`) it is expected to grow as :math:`r^{-2}`. So a run does not start to save
+while waiting is cheaper, and what is measured corrects the forecast.
 """
 
 from __future__ import annotations
@@ -76,7 +79,6 @@ UNPAID = 4  # times E^2, where the end of a group cannot pay its debt
 
 #: Forwards of one branch that a step of each kind saves against a FULL step (cost model: FULL 1, PIPELINED 1/2).
 SAVES = {PIPELINED: 0.5, SKIPPED: 1.0}
-
 
 #: Tolerance where none is given: the study in benchmarks/results/ says what it means.
 TOLERANCE = 0.01
@@ -290,6 +292,7 @@ class AdaptivePolicy:
         return ahead
 
     def _late(self, step: int) -> float:
+        """By how much ``E(2)`` is expected to have grown towards the end of a run."""
         return max(1.0, (1 - LATE) * self.num_steps / (self.num_steps - step)) ** 2
 
     def _forecast(self, step: int, ahead: list[Bend], guidance: float, price: float) -> float:
