@@ -89,6 +89,8 @@ def test_the_default_policy_with_a_target(results, name):
     assert report == last
     assert "S" in last["plan"] and last["speedup_bound"] >= 2.2
     assert last["config"]["guidance"] == "deferred" and images.isfinite().all()
+    full = results[1][name, "cfg of ten"][0]
+    assert 0 < (full - images).abs().max() < full.abs().max()
 
 
 def test_only_the_last_rank_hands_out_pictures(results):
