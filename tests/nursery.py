@@ -86,8 +86,10 @@ def start(*command: Any, env: dict | None = None, cwd: Path = TESTS, output: str
 
 def _python(command: list[str], env: dict[str, str], cwd: Path | str, *files: str) -> None:
     """The life of a process that is ``python COMMAND``."""
+    import torch
     from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
+    torch.set_num_threads(1)  # the first call after a fork renews PyTorch's pool, which two threads must not do at once
     status = 1
     try:
         os.setsid()
