@@ -62,6 +62,8 @@ def both_branches(pipe: Any, warm_up: int, comm: Comm, is_timed: bool = False) -
             executor.is_ready = True
         else:
             (pred,) = executor.pipelined(both, "cond", float(step), hand_over=True, extrapolate=False)
+            if executor.error:
+                raise executor.error
         step += 1
         if step == pipe.num_timesteps:
             executor.drain()

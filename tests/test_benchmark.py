@@ -49,7 +49,7 @@ def test_one_rank_alone_does_what_its_rank_does(tmp_path):
     assert rank_0["plan"] == rank_1["plan"] == "F" * 8 + "PPPF" * 10 + "FF"
     # float32, latents of 16 x 16; both boundaries lie on the lowest of three levels.
     prediction, features, inner = 4 * 4 * 16 * 16, 4 * 32 * 4 * 4, 4 * 64 * 4 * 4
-    agreement = 24 * 8 + 2 * 16  # and two headers alone, while the calls are learnt
+    agreement = 24 * 8 + 3 * 16  # and three headers alone, while the calls are learnt
     handed_over = 20  # of three PIPELINED steps in a row the last is read by nobody
     expected = [agreement + 20 * (16 + prediction) + handed_over * boundary for boundary in (inner, features)]
     expected[1] += 30 * prediction

@@ -3,15 +3,18 @@
 All cases share their ranks, but those in which a rank dies. A case has pipelines of its own.
 """
 
+import itertools
 import os
 import time
 
 import pytest
+import test_seam
 import tiny
 import torch
 import torch.distributed as dist
 from diffusers import DDIMScheduler, PNDMScheduler
 from ranks import Ranks, device
+from torch._subclasses.fake_tensor import FakeTensor
 
 from hybridiff_xdit import HybridConfig, apply_hybrid, last_report
 
@@ -246,6 +249,63 @@ def test_a_rank_that_leaves_tells_the_other(pair, rank, step, how):
     for (*_, seconds), after, expected in outcomes:
         assert seconds < 30
         assert torch.equal(after, expected)
+
+
+def fails(name, number, fields):
+    """(error, seconds, latents of a call after it) of a call in which rank 1's denoiser fails at an evaluation."""
+    pipe, run = test_seam.build(name)
+    apply_hybrid(pipe, HybridConfig(**fields))
+    numbers = itertools.count(1)
+
+    def fail(module, args, kwargs):
+        if not isinstance(kwargs["hidden_states"], FakeTensor) and next(numbers) == number and dist.get_rank() == 1:
+            raise MemoryError("of its own")
+
+    pipe.transformer.register_forward_pre_hook(fail, with_kwargs=True)
+    started, error = time.monotonic(), None
+    try:
+        run()
+    except Exception as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    return error, time.monotonic() - started, run()
+
+
+#: (Case of `test_seam`, configuration, evaluations at which a rank fails.) Those are of the first step, whose calls
+#: are learnt, of the trial of the stages, of FULL and of PIPELINED steps, the last one among them, and of calls that a
+#: step has beside what was foretold.
+FAILURES = [
+    ("wan21-euler", {"policy": "cfg"}, (1, 2, 3, 9)),
+    ("wan21-euler", {"plan": "FFPPPFPF", "balance": "flops"}, (2, 4, 7, 8, 11)),
+    ("sd3 skip layers", {"policy": "cfg"}, (2, 3)),
+    ("sd3 skip layers", {"plan": "FFPPPFPF", "balance": "flops"}, (1, 7, 12, 13)),
+    ("kandinsky5 off and on", {}, (6, 8, 9)),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "numbers"), FAILURES, ids=str)
+def test_a_rank_whose_denoiser_fails_tells_the_other(pair, name, fields, numbers):
+    for number in numbers:
+        check_failure(pair.run(fails, name, number, fields))
+
+
+def test_a_rank_whose_stage_fails_tells_the_other_three():
+    ranks = Ranks(4)
+    try:
+        for number in (2, 8, 9, 11, 16):
+            check_failure(ranks.run(fails, "sd3 skip layers", number, {"policy": "cfg", "stages": 4}))
+    finally:
+        ranks.close()
+
+
+def check_failure(outcomes):
+    """Rank 1's own error, the others' of it, in seconds; and then a call of all."""
+    for rank, (error, seconds, after) in enumerate(outcomes):
+        if rank == 1:
+            assert error == "MemoryError: of its own"
+        else:
+            assert "rank 1 left the run before step" in error or "rank 1 failed while the stages" in error
+        assert seconds < 30
+        assert all(map(torch.equal, after, outcomes[0][2]))
 
 
 # What does not fit.

@@ -269,6 +269,8 @@ class _Session:
                 f"hybrid-cond: this rank left the run after step {run.step} of {run.num_steps} ({why}), others did "
                 "not. Interrupt it on every rank at the same step. The run has ended on every rank."
             )
+        if run.signals.own is not None:
+            raise run.signals.own
         run.remember()
         if not is_interrupted:
             self._report(run, run.engine.report() | {"bytes_sent": [self.comm.bytes_sent]})

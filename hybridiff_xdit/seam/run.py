@@ -91,6 +91,7 @@ class Run:
         self._branches: dict[Branch, Call] = {}  # of the last step with stages, or of the run's first
         self._executor: Executor | None = None  # while steps of this pattern may be split
         self._whole = ""  # why not, where that is the denoiser's affair
+        self._last_staged = 0  # the last FULL step of more than two stages
         self._device: torch.device | None = None
         begin = getattr(scheduler, "begin_index", None)
         # Image-to-image begins within the list. Where the scheduler is not told, its first step tells.
@@ -256,9 +257,19 @@ class Run:
     def _read(self) -> None:
         """Wait for what was measured and said up to the last FULL step. Every rank reads the same values."""
         with self.signals.together():
-            self.signals.read()
+            self._hear()
             self.engine.read(keep=0)
             self.engine.read_weights()
+
+    def _hear(self) -> None:
+        """Wait for what the ranks said up to the last FULL step. Before any exchange: a rank that has left is missing.
+
+        Raises:
+            RunOver: the ranks drifted apart, or another one has left.
+        """
+        if isinstance(self._executor, More) and (headers := self._executor.heard()) is not None:
+            self.signals.send(self._last_staged, headers)
+        self.signals.read()
 
     # A FULL step as foretold.
 
@@ -276,7 +287,7 @@ class Run:
             # The GPU has the evaluation to do while the host waits for what came before it.
             self._read()
             with self.signals.together():
-                header = self.signals.header(call, RUNNING)
+                header = self.signals.header(call)
                 if not pattern.has_exchanged and streams.comm.size > 1:
                     # Ranks that could not know the size of this exchange have to be told from those that do.
                     self.signals.check(streams.announce(header), self.step)
@@ -290,10 +301,11 @@ class Run:
     def _pipelined(self, call: Call, pattern: Pattern) -> list[Any]:
         """What to hand the pipeline on a PIPELINED step."""
         with self.signals.together():
-            self.signals.read()  # a rank that has left takes no part in this step
+            self._hear()
             assert self._executor is not None
             self._branches = _branches(pattern.foretell(call), self._executor.cond)
             pred = self._evaluate_once(self.step)
+        self.signals.fail(self._executor.error)
         return self.engine.pipelined(pred)
 
     def _evaluate_once(self, step: int) -> list[torch.Tensor]:
@@ -311,15 +323,15 @@ class Run:
         """Both branches' predictions through the ranks' stages, in nests of these structures."""
         self._read()
         with self.signals.together():
-            exchange = executor.full(
+            predictions = executor.full(
                 self._branches,
-                self.signals.header(self.now.calls[0], RUNNING),
+                self.signals.header(self.now.calls[0]),
                 self.time(self.step),
                 extrapolate=self._rule.extrapolates_boundary,
             )
-        self.now.has_exchanged = True
-        self.signals.send(self.step, exchange.headers)
-        return [structure.fill(pred) for structure, pred in zip(structures, exchange.predictions, strict=True)]
+        self.now.has_exchanged, self._last_staged = True, self.step
+        self.signals.fail(executor.error)
+        return [structure.fill(pred) for structure, pred in zip(structures, predictions, strict=True)]
 
     # A step that is learnt.
 
@@ -388,14 +400,14 @@ class Run:
             own = streams.evaluate([Asked(part(call, 0, count))])[0][0]
         structures = [[Structure(own, call.is_listed)] * count]
         with self.signals.together():
-            (found,), _ = streams.exchange(evaluated, asked, structures, self.signals.header(call, RUNNING))
+            (found,), _ = streams.exchange(evaluated, asked, structures, self.signals.header(call))
         return owners, found
 
     def _release_executor(self) -> None:
         """No layers are split in this run; the same on every rank."""
         if self._executor is not None:
             with self.signals.together():
-                self.signals.check(self._executor.heard(), self.step)
+                self._hear()
                 self._executor.drain()
             self._executor = None
 
@@ -418,7 +430,7 @@ class Run:
             [None] if promise else outputs for outputs, promise in zip(self.now.outputs, self._promises, strict=True)
         ]
         with self.signals.together():
-            header = self.signals.header(call, RUNNING)
+            header = self.signals.header(call)
             self.now.outputs, headers = streams.exchange(mine, asked, expected.structures_by_call, header)
         self._promised = None
         self.signals.send(self.step, headers)
@@ -443,7 +455,7 @@ class Run:
             cond: number of its stream.
         """
         executor = self.setting.executor
-        if executor is None or not (self.engine.policy.may_pipeline or executor.stages > 2):
+        if executor is None or not self._may_split:
             return
         denoiser = branches["cond"].denoiser
         name = type(getattr(denoiser, "_orig_mod", denoiser)).__name__
@@ -470,13 +482,26 @@ class Run:
         elif executor.stages > 2:
             self.setting.warn(f"hybrid-cond: the layers of a {name} are not split, since {self._whole}.")
 
+    @property
+    def _may_split(self) -> bool:
+        """Whether steps of the run may be PIPELINED, or FULL ones have stages."""
+        executor = self.setting.executor
+        return executor is not None and (self.engine.policy.may_pipeline or executor.stages > 2)
+
     def _prepare_later(self, pattern: Pattern, calls: list[Call]) -> None:
-        """The same at the end of the step from which the streams are known, where the batch did not tell it before."""
-        cond = self.engine.cond
-        if self._executor is not None and self._executor.cond == cond:
+        """The same at the end of a step that was learnt, which may tell the streams where its batch did not."""
+        if not self._may_split:
+            return
+        # A rank that has left that step has said so in its exchange, or says it in this one.
+        self._read()
+        self.signals.announce(calls[0], self.step)
+        executor, cond = self._executor, self.engine.cond
+        is_pair = pattern.is_estimable and self._is_pair(pattern)
+        # Two stages watch cond beside further streams too; more of them take both branches and no others.
+        if executor is not None and executor.cond == cond and (is_pair or not isinstance(executor, More)):
             return
         self._release_executor()
-        if self._whole or not self._is_pair(pattern):
+        if self._whole or not is_pair:
             return
         owners = [owner for slot in pattern.slots for owner in slot.owners or ()]
         assert cond is not None
@@ -561,7 +586,7 @@ class Run:
             self.engine.end_step(output, sample, is_estimable, first_cond)
         if self._executor is not None and self._kind_now is FULL:
             self._executor.is_ready = True
-        if pattern is not None and is_new and is_estimable and self.step < self.num_steps:
+        if pattern is not None and is_new and self.step < self.num_steps:
             self._prepare_later(pattern, now.calls)
         return self.step == self.num_steps
 
@@ -591,10 +616,9 @@ class Run:
         with self.signals.together():
             self._read()
             if self._executor is not None:
-                self.signals.check(self._executor.heard(), self.num_steps - 1)
                 self._executor.drain()
             comm = self.setting.streams.comm
-            mine = torch.tensor([comm.bytes_sent, RUNNING], device=self._device)
+            mine = torch.tensor([comm.bytes_sent, self.signals.status], device=self._device)
             sent = torch.stack(comm.all_gather(mine))
             self.signals.raise_if_left(sent[:, 1].tolist(), self.step)
         self.signals.is_over = True
@@ -621,47 +645,37 @@ class Run:
         return have_all_left
 
     def _leave(self) -> bool:
-        streams = self.setting.streams
-        step = self.step + bool(self.now.calls)
+        """Take part in the exchange that the others make next, and in what they do before it."""
+        streams, executor, pattern = self.setting.streams, self._executor, self.pattern
+        is_within = bool(self.now.calls)
+        is_due = is_within and self._kind_now is FULL and not self.now.has_exchanged  # the present step's exchange
+        is_learnt = is_within and not is_due and (pattern is None or self.now.is_changed)
+        step = self.step + (is_within and not is_due)
+        header = torch.tensor([0, LEFT], device=self._device)
         if (promised := self._promised) is not None:
             asked = promised.ask([self.now.calls[0]] * len(promised.slots))
-            headers = streams.leave(asked, promised.structures_by_call, torch.tensor([0, LEFT], device=self._device))
-            return set(headers[:, 1].tolist()) == {LEFT}
-        if isinstance(self._executor, More):
-            return self._leave_stages(self._executor, step - (self.now.calls != [] and not self.now.has_exchanged))
-        if not (self.now.calls and self._kind_now is FULL and not self.now.has_exchanged):
+            statuses = streams.leave(asked, promised.structures_by_call, header)
+            return set(statuses[:, 1].tolist()) == {LEFT}
+        if isinstance(executor, More):
+            executor.heard()
+        if not (is_due or is_learnt):
             # The others make further steps before they exchange anything; PIPELINED ones need this rank's part.
             while step < self.num_steps and (kind := self._foreseen(step)) is not FULL:
-                if kind is PIPELINED and self._executor is not None:
+                if kind is PIPELINED and executor is not None:
                     self._evaluate_once(step)
                 step += 1
-        header = torch.tensor([0, LEFT], device=self._device)
-        pattern = self.pattern
         if step >= self.num_steps:
             statuses = torch.stack(streams.comm.all_gather(header))
-        elif pattern is None or not pattern.has_exchanged:
+        elif is_learnt or pattern is None or not (pattern.has_exchanged or isinstance(executor, More)):
             statuses = streams.announce(header)
+        elif isinstance(executor, More):
+            executor.full(self._branches, header, self.time(step), extrapolate=self._rule.extrapolates_boundary)
+            heard = executor.heard()
+            assert heard is not None
+            statuses = heard
         else:
             statuses = streams.leave(self._foretold, pattern.structures_by_call, header)
         return set(statuses[:, 1].tolist()) == {LEFT}
-
-    def _leave_stages(self, executor: More, step: int) -> bool:
-        """Leave a run of more than two stages: the others read on one FULL step what was said on the one before."""
-        streams = self.setting.streams
-        header, full_steps = torch.tensor([0, LEFT], device=self._device), 0
-        while step < self.num_steps and full_steps < 2:
-            kind = self._foreseen(step)
-            if kind is PIPELINED:
-                self._evaluate_once(step)
-            elif kind is FULL:
-                extrapolate = self._rule.extrapolates_boundary
-                executor.full(self._branches, header, self.time(step), extrapolate=extrapolate)
-                full_steps += 1
-            step += 1
-        headers = executor.heard()
-        if not full_steps:  # the others have heard nothing of it when they end the run
-            headers = torch.stack(streams.comm.all_gather(header))
-        return set(headers[:, 1].tolist()) == {LEFT}
 
     def _foreseen(self, step: int) -> StepKind:
         """The kind of a later step, as the other ranks will take it."""

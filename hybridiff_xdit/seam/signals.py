@@ -44,6 +44,7 @@ class Signals:
     def __init__(self, streams: Streams) -> None:
         self.streams = streams
         self.is_over = False  # whether all ranks know that the run has ended
+        self.own: Exception | None = None  # an error of this rank's, of which the others are not told yet
         self.pending: list[torch.Tensor] = []  # whether arguments differ from what was foretold, 0-d
         self._late: list[_Late] = []
 
@@ -67,12 +68,23 @@ class Signals:
             raise drifted(step)
         return statuses
 
-    def header(self, call: Call, status: int) -> torch.Tensor:
+    def fail(self, error: Exception | None) -> None:
+        """Keep an error of this rank's until the others are told of it; raise it where there are none."""
+        self.own = error
+        if error is not None and self.streams.comm.size == 1 and self.streams.across is None:
+            raise error
+
+    @property
+    def status(self) -> int:
+        """This rank's."""
+        return RUNNING if self.own is None else LEFT
+
+    def header(self, call: Call, status: int = RUNNING) -> torch.Tensor:
         """int64 [2]: a checksum of the latents, and this rank's status. (16 bytes: what follows stays aligned.)"""
         if self.streams.comm.size == 1 and self.streams.across is None:
             return torch.zeros(2, dtype=torch.int64)  # on the host: nobody is told
         latents = checksum(call.latents)
-        return torch.cat([latents, torch.full_like(latents, status)])
+        return torch.cat([latents, torch.full_like(latents, status or self.status)])
 
     def send(self, step: int, headers: torch.Tensor) -> None:
         """Start to bring to the host what all ranks said in an exchange."""
@@ -107,6 +119,8 @@ class Signals:
         comm = self.streams.comm
         gone = [rank for rank, status in enumerate(statuses) if status != RUNNING]
         if gone:
+            if self.own is not None:
+                raise self.own
             # With split tokens these are the ranks of all places, in order of place.
             names = " and ".join(str(comm.global_rank(rank % comm.size)) for rank in gone)
             raise RunOver(
@@ -121,6 +135,7 @@ class Signals:
             yield
         except Exception:
             self.is_over = True
+            self.read()  # where a rank has left, what it sent meant nothing, and that is the error
             raise
 
 

@@ -84,6 +84,9 @@ class Executor:
         self._known: defaultdict[Hashable, list[Known]] = defaultdict(list)
         self._due: Due | None = None
         self._outgoing: list[list[Transfer]] = []
+        #: Of an evaluation of this run. The others wait for what comes of it and for what this rank sends after it, so
+        #: the run goes on with numbers that mean nothing, until they can be told.
+        self.error: Exception | None = None
 
     def begin(
         self,
@@ -108,6 +111,7 @@ class Executor:
 
         Raises:
             ValueError: a feature is on that cannot be split, or there are too few layers.
+            RuntimeError: the denoiser failed on a rank where it was evaluated to that end; on every rank.
         """
         self.drain()
         self.cond, self._owner = cond, owner
@@ -117,7 +121,7 @@ class Executor:
             self.anatomy = read(denoiser)
         self._device = call.tensors[0].device
         self.anatomy.check_inputs(call)
-        self._shapes = {branch: self.anatomy.recounted(one).shapes for branch, one in branches.items()}
+        self._shapes = self._count(branches)
         if any(self.anatomy.counted(one).shapes != self._shapes[branch] for branch, one in branches.items()):
             return "its texts have lengths that no argument's shape tells, but the values of its masks"
         partition = self.anatomy.partition(call, self.stages, self._seconds(call) if is_timed else None)
@@ -186,14 +190,14 @@ class Executor:
         before = features = made = None
         pred: Boundary | None = None
         if down and last in self.ranks:  # a U-Net's way down to the front
-            before = self._evaluate(down[0], branches["cond"], None, None)
+            before = self._evaluate(down[0], "cond", branches, None, None)
         old = self._read("cond", time, extrapolate) if last in self.ranks else None
         if down and hand_over:
             features = self._move(before and before.boundary, last, first, shapes[front.start - 1])
         if hand_over and first in self.ranks:
-            made = self._evaluate(front, branches[stage0_branch], None, features).boundary
+            made = self._evaluate(front, stage0_branch, branches, None, features).boundary
         if last in self.ranks:
-            pred = self._evaluate(back, branches["cond"], before, old).boundary
+            pred = self._evaluate(back, "cond", branches, before, old).boundary
         pred = self._move(pred, last, first, shapes[-1])
         if hand_over and last in self.ranks and first not in self.ranks:
             self._due = Due("cond", first, time, shapes[front.stop - 1])
@@ -206,10 +210,6 @@ class Executor:
         assert pred is not None
         return list(pred)
 
-    def heard(self) -> torch.Tensor:
-        """Headers that the ranks sent on the last FULL step, [ranks, 2], where they are not read with its exchange."""
-        return torch.zeros(1, 2, dtype=torch.int64, device=self._device)
-
     def drain(self) -> None:
         """Complete what is in flight and forget the run; what was captured stays for the next."""
         self._drop_due()
@@ -219,22 +219,53 @@ class Executor:
 
     def forget(self) -> None:
         """Forget the run, whatever is in flight: waits for no other rank."""
-        self._due = self._partition = None
+        self._due = self._partition = self.error = None
         self._outgoing.clear()
         self.is_ready = False
         self._known.clear()
+
+    def _count(self, branches: Mapping[Branch, Call]) -> dict[Branch, Sequence[tuple[Shape, ...]]]:
+        """Shapes after each unit, of each branch."""
+        shapes, error, is_evaluated = {}, None, False
+        try:
+            for branch, call in branches.items():
+                counted = self.anatomy.recounted(call)
+                shapes[branch] = counted.shapes
+                is_evaluated |= not counted.is_fixed
+        except Exception as raised:
+            error = raised
+        if error is not None or is_evaluated:  # else it was counted without an evaluation, which none can fail alone
+            self._is_any(False, error)
+        return shapes
 
     def _differs(self, call: Call, partition: Partition) -> bool:
         """Whether, on any rank, the segments give something else than the whole; tried once on all ranks alike."""
         key = call.kind, partition
         if key not in self._tried:
-            differs = self.anatomy.differs(call, partition.segments)
-            mine = torch.tensor([differs], device=self._device, dtype=torch.int32)
-            found = self.comm.all_gather(mine)
-            if self.sequence is not None:
-                found = self.sequence.all_gather(torch.cat(found))
-            self._tried[key] = bool(torch.cat(found).any())
+            differs, error = False, None
+            try:
+                differs = self.anatomy.differs(call, partition.segments)
+            except Exception as raised:
+                error = raised
+            self._tried[key] = self._is_any(differs, error)
         return self._tried[key]
+
+    def _is_any(self, mine: bool, error: Exception | None) -> bool:
+        """Whether something is so on any rank. An error of this rank's, or of another, is raised on all."""
+        said = torch.tensor([2 if error else int(mine)], device=self._device, dtype=torch.int32)
+        found = self.comm.all_gather(said)
+        if self.sequence is not None:
+            found = self.sequence.all_gather(torch.cat(found))
+        values = torch.cat(found).tolist()
+        if error is not None:
+            raise error
+        if 2 in values:
+            rank = self.comm.global_rank(values.index(2) % self.comm.size)
+            raise RuntimeError(
+                f"hybrid-cond: rank {rank} failed while the stages of its denoiser were tried, before the first "
+                "step was over. Look for the error in its log. The run has ended on every rank."
+            )
+        return any(values)
 
     def _seconds(self, call: Call) -> tuple[float, ...] | None:
         """What each unit takes, the mean over the ranks; None where one of them could not measure it."""
@@ -248,10 +279,16 @@ class Executor:
         return None if math.isnan(mean[0]) else mean
 
     def _evaluate(
-        self, segment: Segment, call: Call, before: Activation | None, boundary: Boundary | None
+        self,
+        segment: Segment,
+        branch: Branch,
+        branches: Mapping[Branch, Call],
+        before: Activation | None,
+        boundary: Boundary | None,
     ) -> Activation:
-        """As `Anatomy.evaluate`, by graph where that can be."""
+        """As `Anatomy.evaluate`, by graph where that can be. After an error, zeros of the right shape: see `error`."""
         assert self._partition is not None
+        call = branches[branch]
         # Its boundary is among the arguments, and blocks have left no more.
         before = before._replace(boundary=()) if before and before.conditioning else None
         is_last = segment is self._partition.segments[-1]
@@ -260,7 +297,13 @@ class Executor:
             left = self.anatomy.evaluate(segment, replace(call, inputs=inputs), before, boundary)
             return Activation(tuple(t.contiguous() for t in left.boundary), {}) if is_last else left
 
-        return self.graphs(f"units {segment.start} to {segment.stop}", piece, call.inputs, before, boundary)
+        if self.error is None:
+            try:
+                return self.graphs(f"units {segment.start} to {segment.stop}", piece, call.inputs, before, boundary)
+            except Exception as error:
+                self.error = error
+        shapes = self._shapes[branch][segment.stop - 1]
+        return Activation(tuple(torch.zeros(shape, dtype=kind, device=self._device) for shape, kind in shapes), {})
 
     # Boundaries.
 

@@ -34,18 +34,6 @@ from .cuts import Shape
 from .executor import Branch, Due, Executor, Known
 
 
-class Exchange(NamedTuple):
-    """What a FULL step brings every rank.
-
-    Attributes:
-        predictions: the tensors of each stream's, in order of the streams.
-        headers: what the ranks said on the FULL step before (`More.heard`).
-    """
-
-    predictions: list[list[torch.Tensor]]
-    headers: torch.Tensor
-
-
 class _Route(NamedTuple):
     """Who evaluates what in one evaluation of the network.
 
@@ -77,7 +65,7 @@ class More(Executor):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._full_steps = 0
-        self._headers: Gathering | None = None  # of the last FULL step: they are not waited for there
+        self._headers: Gathering | None = None  # of the last FULL step, if they are not read yet
 
     def count_whole(self) -> None:
         """The run's first FULL step was evaluated whole: it read nothing old, and was one of those that may not."""
@@ -85,15 +73,17 @@ class More(Executor):
 
     def full(
         self, branches: Mapping[Branch, Call], header: torch.Tensor, time: float, *, extrapolate: bool
-    ) -> Exchange:
-        """Both branches, each through its ranks, then the exchange of predictions and of headers.
+    ) -> list[list[torch.Tensor]]:
+        """Both branches, each through its ranks; the tensors of each stream's prediction, in order of the streams.
 
         Args:
             branches: a call of each.
-            header: what this rank says (a checksum of the latents, its status), int64 [2].
+            header: what this rank says (a checksum of the latents, its status), int64 [2]. See `heard`.
             time: of the step, for what is extrapolated from it and to it.
             extrapolate: old boundaries are read as the straight line through the last two at ``time``.
         """
+        if self.comm.size > 1:  # sent first: at a step's end one would wait for the stages that lag behind
+            self._headers = self.comm.gather(header)
         self._drop_due()
         self.graphs.look()
         left = self._in_stages(branches, time, extrapolate)
@@ -101,11 +91,7 @@ class More(Executor):
         self.is_ready = True
         pred_u = self._share(left.get("uncond"), self.stages // 2 - 1, self._shapes["uncond"][-1])
         pred_c = self._share(left.get("cond"), self.stages - 1, self._shapes["cond"][-1])
-        predictions = [pred_u, pred_c] if self.cond else [pred_c, pred_u]
-        exchange = Exchange([list(pred) for pred in predictions], self.heard())
-        if self.comm.size > 1:
-            self._headers = self.comm.gather(header)
-        return exchange
+        return [list(pred_u), list(pred_c)] if self.cond else [list(pred_c), list(pred_u)]
 
     def pipelined(
         self, branches: Mapping[Branch, Call], stage0_branch: Branch, time: float, *, hand_over: bool, extrapolate: bool
@@ -123,14 +109,15 @@ class More(Executor):
             self._hand_over(route, made, time)
         return list(pred)
 
-    def heard(self) -> torch.Tensor:
-        """Headers of all ranks on the last FULL step, [ranks, 2], if they are not read yet.
+    def heard(self) -> torch.Tensor | None:
+        """What all ranks said on the last FULL step, [ranks, 2]; None where that is read already.
 
-        Also those of the other places: if some ranks stopped and others went on, these would wait for ever.
+        Also the ranks of the other places: if some stopped and others went on, these would wait for ever.
         """
-        if self._headers is None:
-            return super().heard()
-        headers, self._headers = torch.stack(self._headers.wait()), None
+        gathering, self._headers = self._headers, None
+        if gathering is None:
+            return None
+        headers = torch.stack(gathering.wait())
         return headers if self.sequence is None else torch.cat(self.sequence.all_gather(headers))
 
     def forget(self) -> None:
@@ -222,7 +209,7 @@ class More(Executor):
             elif index:
                 here = source in self.ranks
                 boundary = left[source].boundary if here else self._receive(self._read_by(index, route), source)
-            left[rank] = self._evaluate(segment, branches[route.branches[segment.stage]], before, boundary)
+            left[rank] = self._evaluate(segment, route.branches[segment.stage], branches, before, boundary)
             if index + 1 < len(segments) and segments[index + 1].age:
                 made[index + 1] = left[rank].boundary
         return left, made
