@@ -185,8 +185,8 @@ class HybridModel(xFuserModel):
 
     def _validate_args(self, input_args: dict[str, Any]) -> None:
         super()._validate_args(input_args)
-        given = [name for name in INPUTS if getattr(self.config, name, None) not in (None, [])]
-        if idle := [f"--{name}" for name in given if name not in read_inputs(self)]:
+        given, read = [name for name in INPUTS if getattr(self.config, name, None) not in (None, [])], read_inputs(self)
+        if idle := [f"--{name}" for name in given if name not in read]:
             raise ValueError(f"{' and '.join(idle)}: no effect on {self.settings.model_name}. Drop what has none.")
 
 
@@ -195,9 +195,10 @@ def read_inputs(model: xFuserModel) -> set[str]:
     if isinstance(model, DiffusersModel):
         return {flag for flag in INPUTS if model.parameter(flag)}
     theirs = [cls for cls in type(model).__mro__ if cls.__module__.startswith(_RUNNERS) and cls is not xFuserModel]
-    return {
-        name for cls in theirs for name in re.findall(r"input_args(?:\.get\(|\[)[\"'](\w+)", inspect.getsource(cls))
-    }
+    methods = {method for cls in theirs for method in vars(cls).values() if inspect.isfunction(method)}
+    # By method: to find a class in its file, Python parses it.
+    sources = (inspect.getsource(method) for method in methods)
+    return {name for source in sources for name in re.findall(r"input_args(?:\.get\(|\[)[\"'](\w+)", source)}
 
 
 class Cosmos3(xFuserModel):
