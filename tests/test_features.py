@@ -188,14 +188,14 @@ def check(outcomes, plan, tolerance=1e-5):
         assert torch.equal(first, expected)
 
 
-def both_plans(argument, cases):
-    """Each case all FULL, and with PIPELINED and SKIPPED steps; the first of a pipeline also by the rule ``reuse``.
+def plans(argument, cases, *kinds):
+    """Each case with PIPELINED and SKIPPED steps, and in further kinds; the first of a pipeline also by ``reuse``.
 
     Args:
         cases: whose values begin with the pipeline's name.
     """
     first = {values[0]: case for case, values in reversed(cases.items())}.values()
-    kinds = [(case, kind) for case in cases for kind in ("FULL", "deferred", *["PIPELINED"][: case in first])]
+    kinds = [(case, kind) for case in cases for kind in ("deferred", *kinds, *["PIPELINED"][: case in first])]
     plans = [pytest.param(case, kind, id=f"{case}, {kind}") for case, kind in kinds]
     return pytest.mark.parametrize((argument, "kind"), plans)
 
@@ -213,7 +213,7 @@ def call(case, fields, plan):
     return compare(tiny.pipeline(name, ranks.device()), name, fields, plan, kwargs, CUTS.get(case), **inside)
 
 
-@both_plans("case", CALLS)
+@plans("case", CALLS, "FULL")
 def test_arguments_of_a_call(pair, case, kind):
     fields, plan = fields_for(CALLS[case][2], kind)
     check(pair.run(call, case, fields, plan), plan, TOLERANCE[pair.device])
@@ -227,7 +227,7 @@ def relative(case, fields, plan):
     return compare(pipe, name, fields, plan, kwargs)
 
 
-@both_plans("case", RELATIVES)
+@plans("case", RELATIVES)
 def test_image_to_image_and_inpainting(pair, case, kind):
     fields, plan = fields_for("FFPPF", kind)
     check(pair.run(relative, case, fields, plan), plan, TOLERANCE[pair.device])
@@ -255,10 +255,9 @@ def another_scheduler(case, fields, plan, when):
         pipe.scheduler = before
 
 
-@both_plans("case", SCHEDULERS)
+@plans("case", SCHEDULERS)
 def test_schedulers(pair, case, kind):
-    plan = "FFSFPSFPF" if kind == "deferred" else "FFPPFPFFF"
-    plan = ("F" * 9 if kind == "FULL" else plan)[: SCHEDULERS[case][3]]
+    plan = {"deferred": "FFSFPSFPF", "PIPELINED": "FFPPFPFFF"}[kind][: SCHEDULERS[case][3]]
     fields = {"plan": plan, "guidance": "deferred" if kind == "deferred" else "reuse"}
     check(pair.run(another_scheduler, case, fields, plan, "before apply"), plan)
 
@@ -293,11 +292,11 @@ def lora(name, fields, plan, argument):
         denoiser.delete_adapters("style")
 
 
-@pytest.mark.parametrize("kind", ["FULL", "PIPELINED", "deferred"])
 @pytest.mark.parametrize(
-    ("name", "argument"), [("sd3", "joint_attention_kwargs"), ("sdxl", "cross_attention_kwargs")], ids=["sd3", "sdxl"]
+    ("name", "kind"), [("sd3", "FULL"), ("sd3", "PIPELINED"), ("sdxl", "FULL"), ("sdxl", "deferred")]
 )
-def test_lora_and_its_scale(pair, name, argument, kind):
+def test_lora_and_its_scale(pair, name, kind):
+    argument = {"sd3": "joint_attention_kwargs", "sdxl": "cross_attention_kwargs"}[name]
     fields, plan = fields_for(PLAN, kind)
     outcomes = pair.run(lora, name, fields, plan, argument)
     check([outcome[:3] for outcome in outcomes], plan)
@@ -456,9 +455,15 @@ def taken_off(name, fields, times):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"plan": PLAN, "guidance": "reuse"}, {"plan": SKIPPING[PLAN]}, {"speedup": 2.2}], ids=str
+    ("name", "fields"),
+    [
+        ("sd3", {"plan": PLAN, "guidance": "reuse"}),
+        ("sd3", {"speedup": 2.2}),
+        ("sdxl", {"plan": PLAN, "guidance": "reuse"}),
+        ("sd15", {"plan": SKIPPING[PLAN]}),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("name", tiny.PIPELINES)
 def test_removal_leaves_nothing_behind_and_applying_twice_is_once(pair, name, fields):
     once, *_ = pair.run(taken_off, name, fields, 1)
     twice, *_ = pair.run(taken_off, name, fields, 2)

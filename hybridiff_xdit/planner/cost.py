@@ -33,10 +33,12 @@ and 80 times the largest boundary between units (it has been 77 to 84 with two r
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -121,39 +123,19 @@ class Speed:
         return self.fixed + flops / self.rate
 
 
-#: By `Cost.kind`, in float16: graphs replayed alone on one GPU, a branch's forward of SDXL and SD3-medium at 1024 and
-#: 2048 px (`Point`); ``step`` from the denoising loop of one GPU with graphs at 1024 px, less its forwards; ``skew``
-#: from a rank's share of a PIPELINED step, replayed alone; ``packing`` (and the latency of NVLink) from a branch's
-#: forward with its tokens split over two GPUs, SD3-medium at 1024 and 2048 px; ``merging`` from the denoising loop of
-#: these with ring attention on two GPUs a branch, all steps FULL. The H100's figures are those of
-#: two-ranks_2xH100_2026-11-24.md and speed_2xH100_2026-11-24.md in benchmarks/results, for 2048 px of
-#: speed_2xH100_2026-11-25.md, of split tokens of speed_2xH100_1024px_2026-11-25.md and, by ring attention,
-#: speed_4xH100_2026-11-26.md. Only forwards were timed on the H200: else the H100's stand in.
-_UNET = {"step": 1.3e-3, "skew": 1.056}
-_MMDIT = {"step": 0.5e-3, "skew": 1.007, "packing": 226e9, "merging": 128e9}
-#: Where queries and keys are normed (SD3.5), by kernels that take time but hardly a FLOP: what SD3.5-large takes at
-#: 1024 px (97.5 ms) over what the line of SD3-medium says for its FLOPs. Not timed at another size, nor on the H200.
-_QK_NORM = 1.155
+def _read_speeds() -> dict[str, dict[str, Speed]]:
+    stored = json.loads((Path(__file__).parent / "speeds.json").read_text())
+
+    def speed(forwards: list[list[float]], slower: float = 1.0, **rest: float) -> Speed:
+        small, large = (Point(flops, slower * seconds) for flops, seconds in forwards)
+        return Speed.through(small, large, **rest)
+
+    gpus = {name: kinds for name, kinds in stored.items() if name not in ("what", "reports")}
+    return {name: {kind: speed(**figures) for kind, figures in kinds.items()} for name, kinds in gpus.items()}
 
 
-def _mmdits(small: Point, large: Point) -> dict[str, Speed]:
-    slower = [Point(flops, _QK_NORM * seconds) for flops, seconds in (small, large)]
-    return {
-        "mmdit": Speed.through(small, large, **_MMDIT),
-        "mmdit, qk_norm": Speed.through(slower[0], slower[1], **_MMDIT),
-    }
-
-
-SPEEDS = {
-    "H100": {
-        "unet": Speed.through(Point(6.761e12, 27.3e-3), Point(35.907e12, 106.5e-3), **_UNET),
-        **_mmdits(Point(8.904e12, 26.9e-3), Point(63.923e12, 169.5e-3)),
-    },
-    "H200": {
-        "unet": Speed.through(Point(6.761e12, 26.4e-3), Point(35.907e12, 102e-3), **_UNET),
-        **_mmdits(Point(8.904e12, 26.7e-3), Point(63.923e12, 167.5e-3)),
-    },
-}
+#: By GPU and `Cost.kind`. ``speeds.json`` says what each figure is, and which reports in benchmarks/results it is from.
+SPEEDS = _read_speeds()
 
 
 class Exchange(NamedTuple):
