@@ -15,7 +15,7 @@ import torch
 from .config import HybridConfig
 from .estimates.base import Rule
 from .estimates.rules import RULES
-from .estimates.weights import Guidance, Weights, dots, plain, solve
+from .estimates.weights import EXACT, UNEXPLAINED, Guidance, Weights, dots, plain, solve
 from .evaluate.calls import Structure
 from .schedule.discrepancy import Bend, rel_mae
 from .schedule.plan import FULL, PIPELINED, SKIPPED, Plan, Policy, StepKind
@@ -191,10 +191,14 @@ class Engine:
         return self._begun is not None or (self._rules is not None and not self.config.is_exact)
 
     def _begin(self, step: int, products: torch.Tensor | None, first_cond: int) -> None:
-        """Begin the estimators with the streams of FULL step ``step``, which is over."""
+        """Begin the estimators with the streams of FULL step ``step``, which is over, where that can be."""
         streams, self._begun = self._begun, None
         assert streams is not None
-        weights = None if products is None else solve(_square(products.flatten().tolist()))
+        is_whole = not any(any(structure.before) for structure in self._structures)
+        most = UNEXPLAINED if is_whole else EXACT
+        weights = None if products is None else solve(_square(products.flatten().tolist()), most)
+        if weights is None and not is_whole:
+            return  # it is not these tokens that the pipeline weighs
         default = plain(len(streams), weights.cond if weights else first_cond)
         tensors = self._columns(streams)
         self._guidance = [Guidance(default) for _ in tensors]

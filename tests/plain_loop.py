@@ -110,10 +110,13 @@ class Loop:
         plan: a letter F or S a step. S counts only where there is something to estimate from.
         shares: weights of the streams in the scheduler's input, by their number; None: by least squares, step by step.
         pictures: in a call; a batch of k times as many asks for k streams.
+        tokens: of a picture, where streams have others in front of them.
     """
 
-    def __init__(self, plan: str, shares: dict[int, tuple[float, ...]] | None, pictures: int) -> None:
-        self.plan, self.shares, self.pictures = plan, shares, pictures
+    def __init__(
+        self, plan: str, shares: dict[int, tuple[float, ...]] | None, pictures: int, tokens: int | None
+    ) -> None:
+        self.plan, self.shares, self.pictures, self.tokens = plan, shares, pictures, tokens
         self.kinds = ""  # of the steps that are over
         self.evaluated = 0  # streams
         self.changes = 0  # of the calls of a step
@@ -153,12 +156,18 @@ class Loop:
             output = original(*args, **kwargs)
             self.seen[index:] = [output]
             self.evaluated += count
-            columns = [list(tensor.chunk(count)) for tensor in tensors(output)]
+            columns = [list(self.of_picture(tensor).chunk(count)) for tensor in tensors(output)]
             self.true = append(self.true, columns)
             if self.is_known:
                 columns = [self.pay(tensor, count) for tensor in range(len(columns))]
         self.handed = append(self.handed, columns)
+        if self.tokens:
+            ((whole,), ((picture,),)) = tensors(output), columns
+            columns = [[torch.cat([whole[:, : -self.tokens], picture], dim=1)]]
         return like(output, columns)
+
+    def of_picture(self, tensor: Tensor) -> Tensor:
+        return tensor[:, -self.tokens :] if self.tokens else tensor
 
     def start_step(self, key: Any) -> None:
         self.true, self.handed, self.paid_cond = [], [], {}
@@ -337,9 +346,15 @@ def forwards(pipe: Any, function: Callable) -> Iterator[None]:
 
 
 @contextmanager
-def inside(pipe: Any, plan: str, shares: dict[int, tuple[float, ...]] | None, pictures: int = 1) -> Iterator[Loop]:
+def inside(
+    pipe: Any,
+    plan: str,
+    shares: dict[int, tuple[float, ...]] | None,
+    pictures: int = 1,
+    tokens: int | None = None,
+) -> Iterator[Loop]:
     """Let a plain pipeline's own loop call `Loop` in place of its denoisers. See there for the arguments."""
-    loop, scheduler, cls = Loop(plan, shares, pictures), pipe.scheduler, type(pipe.scheduler)
+    loop, scheduler, cls = Loop(plan, shares, pictures, tokens), pipe.scheduler, type(pipe.scheduler)
     original, signature = cls.step, inspect.signature(cls.step)
 
     @wraps(original)

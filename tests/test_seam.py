@@ -19,7 +19,12 @@ import zoo_batched
 import zoo_successive
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
-from diffusers import FlowMatchHeunDiscreteScheduler, StableDiffusionPipeline
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    StableDiffusionPipeline,
+)
 from peft import LoraConfig
 
 from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
@@ -39,6 +44,7 @@ class Expected(NamedTuple):
         plan: with SKIPPED steps, as it is run.
         warns: why the denoiser is evaluated whole on every rank, or a rank evaluates nothing.
         pictures: in a call.
+        tokens: of a picture, where the streams of a step have different ones in front of them.
         zoo: the case of the zoo that it varies.
         prepare: what is changed of the pipeline.
         changes: further arguments of the call.
@@ -50,6 +56,7 @@ class Expected(NamedTuple):
     plan: str = PLAN
     warns: str | None = None
     pictures: int = 1
+    tokens: int | None = None
     zoo: str | None = None
     prepare: Callable[[Any], None] = lambda pipe: None
     changes: Callable[[Any], dict] = lambda pipe: {}
@@ -156,7 +163,7 @@ CASES: dict[str, Expected] = {
     "wan22-i2v": successive(5.0, forwards=(10, 10)),
     "wan22-ti2v": successive(5.0),
     "wan21-vace": successive(5.0),
-    "ideogram4": successive(7.0, plan="F" * 8),  # its branches are of two sizes
+    "ideogram4": successive(None, tokens=16),  # w changes; its branches are of two sizes
     "hunyuan-video": successive(4.0),
     "cosmos3": successive(6.0),
     "cogview4": successive(5.0),
@@ -322,7 +329,7 @@ def explore(name: str) -> dict[str, Any]:
     found["left"] = [key for key, value in traces(pipe).items() if value != before[key]]
     found["again"] = run()
     if rank == 0:
-        with plain_loop.inside(pipe, case.plan, case.shares, case.pictures) as loop:
+        with plain_loop.inside(pipe, case.plan, case.shares, case.pictures, case.tokens) as loop:
             found["oracle"] = run()
         found["loop"] = loop.kinds, loop.evaluated, loop.changes
         if case.parts > 1 and not case.warns:
@@ -433,6 +440,47 @@ def test_one_process(explored, name):
     assert far(fixed.latents, found["oracle"]) < 1e-5
     if "S" in kinds:
         assert fixed.forwards < found["plain"].forwards
+
+
+# --- branches of two sizes
+
+
+class Mixer(torch.nn.Module):
+    """A denoiser whose tokens see one another."""
+
+    def forward(self, hidden_states, timestep):
+        mixed = hidden_states.cumsum(1) / hidden_states.shape[1] + 0.1 * torch.arange(hidden_states.shape[1])[:, None]
+        return (torch.sin(mixed + timestep / 1000),)
+
+
+class Unlike(DiffusionPipeline):
+    """Its cond has places for the text in front, and these are what it weighs, or the picture's."""
+
+    def __init__(self, transformer, unconditional_transformer, scheduler):
+        super().__init__()
+        modules = dict(transformer=transformer, unconditional_transformer=unconditional_transformer)
+        self.register_modules(**modules, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self, places):
+        latents = torch.randn(1, 16, 4, generator=torch.Generator().manual_seed(0))
+        self.scheduler.set_timesteps(8)
+        for time in self.scheduler.timesteps:
+            cond = self.transformer(torch.cat([torch.zeros(1, 12, 4), latents], dim=1), time)[0][:, places]
+            uncond = self.unconditional_transformer(latents, time)[0]
+            latents = self.scheduler.step(uncond + 5 * (cond - uncond), time, latents, return_dict=False)[0]
+        return latents
+
+
+@pytest.mark.parametrize(("places", "plan"), [(slice(12, None), PLAN), (slice(16), "F" * 8)], ids=["last", "first"])
+def test_the_tokens_that_are_estimated_are_those_that_the_pipeline_weighs(places, plan):
+    pipe = Unlike(Mixer(), Mixer(), FlowMatchEulerDiscreteScheduler())
+    plain = pipe(places)
+    found = hybrid(pipe, lambda: [pipe(places)], {"plan": PLAN}, simulate=True)
+    assert found.report["plan"] == plan
+    assert same(found.latents, [plain]) == (plan == "F" * 8)
+    assert far(found.latents, [plain]) < 0.05
+    assert any("does not weigh the last tokens" in text for text in found.logged) == (plan == "F" * 8)
 
 
 # --- what comes and goes around a run

@@ -93,8 +93,13 @@ def _thinned(value: torch.Tensor) -> torch.Tensor:
     return flat[:: -(-flat.numel() // MOST_NUMBERS)].double()
 
 
-def solve(products: np.ndarray) -> Weights | None:
-    """The weights, from `dots` on the host; None where they cannot be told (equal streams, or another formula)."""
+def solve(products: np.ndarray, most: float = UNEXPLAINED) -> Weights | None:
+    """The weights, from `dots` on the host; None where they cannot be told (equal streams, or another formula).
+
+    Args:
+        products: of `dots`.
+        most: share of the scheduler's input, squared, that they may leave unexplained.
+    """
     count = len(products) - 2
     whole = products[0, 0]
     if not np.isfinite(products).all() or whole == 0:
@@ -104,7 +109,7 @@ def solve(products: np.ndarray) -> Weights | None:
         with_sample, left = _fit(products, range(1, count + 2))
         if left < missed / 2:
             found, missed = with_sample, left
-    if missed > UNEXPLAINED:
+    if missed > most:
         return None
     first, *others = found[:count]
     shares = np.array([first - sum(others), *others])  # a_k

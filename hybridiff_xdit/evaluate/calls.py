@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -239,18 +240,42 @@ class Structure:
         self._rest = [None if _is_prediction(leaf) else leaf for leaf in leaves]
         self._predicted = [_is_prediction(leaf) for leaf in leaves]
         self._lists = [_is_list(leaf) for leaf in leaves]
-        self.shapes = [(t.shape, t.dtype) for t in self.tensors(output)]
+        self.shapes = [(t.shape, t.dtype) for t in self._whole(output)]
+        self.before = [0] * len(self.shapes)  # tokens in front of those that count, by tensor
+
+    def ending(self, shapes: Sequence[tuple[torch.Size, torch.dtype]]) -> Structure | None:
+        """The same where of each tensor [B, N, ...] the last tokens count, so many that it has one of these shapes.
+
+        None where that cannot be.
+        """
+        if len(shapes) != len(self.shapes):
+            return None
+        ending = copy(self)
+        ending.shapes, ending.before = list(shapes), []
+        for (whole, dtype), (part, expected) in zip(self.shapes, shapes, strict=True):
+            is_longer = len(whole) == len(part) > 1 and whole[1] >= part[1]
+            if not is_longer or dtype != expected or (whole[0], *whole[2:]) != (part[0], *part[2:]):
+                return None
+            ending.before.append(whole[1] - part[1])
+        return ending
 
     def tensors(self, output: Any) -> list[torch.Tensor]:
         """The predictions in such a nest, [B, ...]."""
+        found = self._whole(output)
+        return [t[:, count:] if count else t for t, count in zip(found, self.before, strict=True)]
+
+    def _whole(self, output: Any) -> list[torch.Tensor]:
         if type(output) is tuple and len(output) == 1 and isinstance(output[0], torch.Tensor):
             return list(filter(_is_prediction, output))  # as most denoisers return it: nothing to flatten
         leaves, _ = _flatten(output, self.is_listed)
         return [torch.stack(leaf) if _is_list(leaf) else leaf for leaf in leaves if _is_prediction(leaf)]
 
     def fill(self, tensors: Iterable[torch.Tensor]) -> Any:
-        """The nest with these predictions in it."""
-        given = iter(tensors)
+        """The nest with these predictions in it, and zeros for tokens that do not count."""
+        given = (
+            torch.cat([tensor.new_zeros(len(tensor), count, *tensor.shape[2:]), tensor], dim=1) if count else tensor
+            for tensor, count in zip(tensors, self.before, strict=True)
+        )
         leaves = []
         for rest, is_predicted, is_list in zip(self._rest, self._predicted, self._lists, strict=True):
             tensor = next(given) if is_predicted else None

@@ -155,6 +155,10 @@ class Slot:
         return len(self.structures)
 
 
+def _size(shapes: Sequence[tuple[torch.Size, torch.dtype]]) -> int:
+    return sum(shape.numel() for shape, _ in shapes)
+
+
 class Pattern:
     """The calls of a step, as the last one was made.
 
@@ -186,14 +190,26 @@ class Pattern:
 
     @property
     def is_alike(self) -> bool:
-        """Whether the streams are of one size. (Ideogram 4's cond has places for the text, and its uncond has none.)"""
-        first, *others = ([shape for shape, _ in structure.shapes] for structure in self.structures)
+        """Whether the streams are of one size."""
+        first, *others = (structure.shapes for structure in self.structures)
         return all(other == first for other in others)
 
     @cached_property
+    def estimated(self) -> list[Structure] | None:
+        """Of all streams, what estimates are made of, which are made of how streams differ; None where that cannot be.
+
+        Of streams with more tokens than others it is the last ones. (Ideogram 4's cond has places for the text, in
+        front, and its uncond has none.) What the pipeline hands its scheduler tells whether that is so.
+        """
+        least = min((structure.shapes for structure in self.structures), key=_size)
+        found = [structure.ending(least) for structure in self.structures]
+        alike = [structure for structure in found if structure is not None]
+        return alike if len(alike) == len(found) else None
+
+    @cached_property
     def is_estimable(self) -> bool:
-        """Whether estimates can stand for the streams, which are made of how these differ."""
-        return self.is_foretold and self.is_of_latents and self.is_alike
+        """Whether estimates can stand for the streams."""
+        return self.is_foretold and self.is_of_latents and self.estimated is not None
 
     def foretell(self, first: Call) -> list[Asked]:
         """The calls of a step, from the first of them."""

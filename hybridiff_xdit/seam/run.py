@@ -174,7 +174,7 @@ class Run:
             self.now.hand(pattern, self._pipelined(call, pattern))
         elif pattern.is_foretold:
             true = self._full(call, pattern)
-            self.now.hand(pattern, self.engine.full(true, pattern.structures), true)
+            self.now.hand(pattern, self.engine.full(true, pattern.estimated or pattern.structures), true)
         else:
             self._announce(call)
             return self._evaluate_whole(call, pattern.slots[0].count)
@@ -564,11 +564,6 @@ class Run:
             if self._kind_now is FULL:
                 pattern = now.learn(len(sample), self.setting.streams.ranks, partial(self._warn_whole, now.calls[-1]))
                 self._learnt.append(pattern)
-                if not (pattern.is_alike or self.setting.config.is_exact):
-                    self.setting.warn(
-                        "hybrid-cond: the predictions of this pipeline's branches are of different sizes, so none can "
-                        "be estimated, and every step is FULL. Use --hybrid_policy cfg."
-                    )
             else:
                 pattern = None
             self.pattern = pattern
@@ -577,13 +572,20 @@ class Run:
         with self.signals.together():
             if self.step == 0:
                 self._plan_again(timestep, extra)
-            is_estimable = pattern is not None and pattern.is_estimable
+            is_exact = self.setting.config.is_exact
+            is_estimable = pattern is not None and pattern.is_estimable and (pattern.is_alike or not is_exact)
             if pattern is not None and is_new and is_estimable:
-                self.engine.full(now.evaluated, pattern.structures, now.handed)
+                self.engine.full(now.evaluated, pattern.estimated or [], now.handed)
             count = pattern.count if pattern else 1
             self.engine.cost(self._kind_now, count, pattern.load(self.setting.streams.ranks) if pattern else 1)
             first_cond = 0 if len(now.calls) > 1 else count - 1
             self.engine.end_step(output, sample, is_estimable, first_cond)
+        if pattern is not None and is_new and not (is_exact or pattern.is_alike or self.engine.is_known):
+            self.setting.warn(
+                "hybrid-cond: the predictions of this pipeline's branches are of different sizes, and it does not "
+                "weigh the last tokens of each, so none can be estimated, and every step is FULL. Use "
+                "--hybrid_policy cfg."
+            )
         if self._executor is not None and self._kind_now is FULL:
             self._executor.is_ready = True
         if pattern is not None and is_new and self.step < self.num_steps:
