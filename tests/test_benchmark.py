@@ -19,7 +19,7 @@ def lines(out):
 
 
 def test_every_strategy_is_timed_and_reported(tmp_path):
-    out, flags = tmp_path / "times.jsonl", ("--steps", 10, "--repeats", 2, "--blocks", 1, "--warm-up", 3)
+    out, flags = tmp_path / "times.jsonl", ("--steps", 10, "--repeats", 2, "--blocks", 1, "--warm-up", 1)
     run("--scenario", "sdxl-tiny", *flags, "--out", out, "--strategy", *STRATEGIES, processes=4)
     found = {line["strategy"]: line for line in lines(out)}
     assert [*found] == STRATEGIES
@@ -42,7 +42,7 @@ def test_every_strategy_is_timed_and_reported(tmp_path):
 def test_one_rank_alone_does_what_its_rank_does(tmp_path):
     """On one process: as many evaluations, and as many bytes, as that rank of two."""
     out, strategies = tmp_path / "times.jsonl", ["one-gpu, graphs", *(f"fixed 8-48/4, rank {rank}" for rank in (0, 1))]
-    flags = ("--repeats", 1, "--blocks", 1, "--warm-up", 2, "--out", out, "--strategy", *strategies)
+    flags = ("--repeats", 1, "--blocks", 1, "--warm-up", 1, "--out", out, "--strategy", *strategies)
     run("--scenario", "sdxl-tiny", *flags, processes=1)
     one, rank_0, rank_1 = lines(out)
     assert one["plan"] is None
@@ -57,7 +57,7 @@ def test_one_rank_alone_does_what_its_rank_does(tmp_path):
 
 
 def test_a_trace_of_each_rank_labels_steps_with_their_kinds(tmp_path):
-    out, flags = tmp_path / "times.jsonl", ("--steps", 10, "--repeats", 1, "--blocks", 1, "--warm-up", 3)
+    out, flags = tmp_path / "times.jsonl", ("--steps", 10, "--repeats", 1, "--blocks", 1, "--warm-up", 1)
     flags += ("--trace", tmp_path / "traces", "--strategy", "paper", "adaptive 2.5")
     run("--scenario", "sd3-tiny", *flags, "--out", out, processes=2)
     found = lines(out)
