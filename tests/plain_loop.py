@@ -376,12 +376,14 @@ def one_by_one(count: int, denoiser: Any, original: Callable, *args: Any, **kwar
     size, rest = divmod(len(latents), count)
     if rest:
         return original(*args, **kwargs)
+    frames = latents.shape[2] if isinstance(latents, Tensor) and latents.ndim == 5 else 1
 
     def cut(value: Any, index: int) -> Any:
         if isinstance(value, dict):
             return {key: cut(item, index) for key, item in value.items()}
-        is_batched = bool(value.ndim) if isinstance(value, Tensor) else type(value) is type(latents) is list
-        if is_batched and len(value) == len(latents):
+        if isinstance(value, Tensor) and value.ndim and len(value) in (len(latents), frames * len(latents)):
+            return value.chunk(count)[index]
+        if type(value) is type(latents) is list and len(value) == len(latents):
             return value[index * size : (index + 1) * size]
         return type(value)(cut(item, index) for item in value) if isinstance(value, list | tuple) else value
 

@@ -152,4 +152,4 @@ def test_the_wheel_contains_only_the_package(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     modules = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
-    assert modules == {f"hybridiff_xdit/{source}" for source in [*SOURCES, "py.typed"]}
+    assert modules == {f"hybridiff_xdit/{source}" for source in [*SOURCES, "py.typed", "planner/speeds.json"]}

@@ -416,15 +416,10 @@ def test_a_guidance_scale_that_changes_costs_no_accuracy():
 
 
 class Shared:
-    """Lets the samples of a batch see one another, from a step on."""
-
-    def __init__(self, start=0):
-        self.calls, self.start = 0, start
+    """Lets the samples of a batch see one another."""
 
     def __call__(self, attn, hidden_states, *args, **kwargs):
-        self.calls += 1
-        if self.calls > self.start:
-            hidden_states = (hidden_states + hidden_states.flip(0)) / 2
+        hidden_states = (hidden_states + hidden_states.flip(0)) / 2
         return AttnProcessor2_0()(attn, hidden_states, *args, **kwargs)
 
 

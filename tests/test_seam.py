@@ -1,5 +1,6 @@
 """Every call pattern of diffusers under `hybrid-cond`: against the pipeline itself, and against a plain loop."""
 
+import copy
 import gc
 import logging
 import os
@@ -23,8 +24,10 @@ from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    StableDiffusionPanoramaPipeline,
     StableDiffusionPipeline,
 )
+from diffusers.models.attention_processor import AttnProcessor2_0
 from peft import LoraConfig
 
 from hybridiff_xdit import HybridConfig, apply_hybrid, last_report, remove_hybrid
@@ -141,6 +144,9 @@ CASES: dict[str, Expected] = {
         plan="F" * 8,
         warns="evaluated whole on every rank, since its batch is not made of parts that share the latents",
     ),
+    "sd15 sag": batched(None, forwards=(16, 16), parts=1, plan="F" * 8, warns="keep something of what they see"),
+    "text to video": batched(),
+    "animatediff": batched(),
     # [uncond, cond], then a perturbed one and one without the other modality; rescaled by 0.7
     "ltx2": batched(None, forwards=(17, 17)),
     # Steps 1 to 4 have a third stream, rank 0's; it is evaluated for nothing on step 5, and on every rank on step 1.
@@ -442,6 +448,91 @@ def test_one_process(explored, name):
         assert fixed.forwards < found["plain"].forwards
 
 
+# --- what steps are, and what sees what
+
+
+class Together(torch.nn.Module):
+    """A denoiser that gives all samples something of the first one's text."""
+
+    def forward(self, hidden_states, timestep, text):
+        return (torch.sin(hidden_states + text[:, :1, None] + text[:1, :1, None] + timestep / 1000),)
+
+
+def test_a_denoiser_that_nobody_knows_is_tried():
+    pipe = Unlike(Together(), torch.nn.Identity(), FlowMatchEulerDiscreteScheduler())
+    plain = pipe(None)
+    found = [hybrid(pipe, lambda: [pipe(None)], {"policy": "cfg"}, simulate=True) for _ in range(2)]
+    assert all(same(one.latents, [plain]) for one in found)
+    assert ["it lets the samples of its batch see one another" in text for text in found[0].logged] == [True]
+
+
+class Apart(torch.nn.Module):
+    def forward(self, hidden_states, timestep, text):
+        return (torch.sin(hidden_states + text[:, :1, None] + 2 * text[:, 1:2, None] + timestep / 1000),)
+
+
+def test_a_batch_may_have_four_streams():
+    pipe = Unlike(Apart(), torch.nn.Identity(), FlowMatchEulerDiscreteScheduler())
+    found = hybrid(pipe, lambda: [pipe(None, streams=4)], {"plan": PLAN}, simulate=True)
+    assert (found.report["plan"], found.logged) == (PLAN, [])
+    assert found.report["speedup_bound"] == pytest.approx(2 * len(PLAN) / PLAN.count("F"))
+    assert found.forwards == 4 * PLAN.count("F") - 1  # halves on the first step, and those once as a batch
+    exact = hybrid(pipe, lambda: [pipe(None, streams=4)], {"policy": "cfg"}, simulate=True)
+    assert far(exact.latents, [pipe(None, streams=4)]) < 1e-5
+
+
+def test_a_pipeline_that_steps_a_copy_of_its_scheduler_is_left_alone():
+    pipe = Unlike(Apart(), torch.nn.Identity(), FlowMatchEulerDiscreteScheduler())
+    for steps, warnings in ((8, 0), (70, 1)):
+        found = hybrid(pipe, lambda n=steps: [pipe(None, steps=n, copies=True)], {}, simulate=True)
+        assert same(found.latents, [pipe(None, steps=steps)]) and found.forwards == steps + 2
+        assert ["does not step its scheduler" in text for text in found.logged] == [True] * warnings
+
+
+class Counting:
+    """An attention processor that counts its calls, as prompt-to-prompt's do."""
+
+    def __init__(self):
+        self.controller = SimpleNamespace(calls=0)
+
+    def __call__(self, attn, hidden_states, *args, **kwargs):
+        self.controller.calls += 1
+        return (1 + 0.1 * (self.controller.calls % 7)) * AttnProcessor2_0()(attn, hidden_states, *args, **kwargs)
+
+
+@pytest.mark.parametrize("how", [{"simulate": True}, {}], ids=["two ranks", "one process"])
+def test_a_processor_that_counts_sees_the_calls_of_the_pipeline_alone(how):
+    def run():
+        pipe.unet.set_attn_processor(Counting())
+        return [tiny.call(pipe, "sd15")]
+
+    pipe = tiny.sd15()
+    pipe.set_progress_bar_config(disable=True)
+    plain = run()
+    found = hybrid(pipe, run, {"plan": "FFFFSFSFFF"}, **how)
+    assert same(found.latents, plain) and found.report["plan"] == "F" * 10
+    assert ["keep something" in text for text in found.logged] == [True]
+
+
+@pytest.mark.parametrize(("views", "plan"), [(1, PLAN), (2, "F")])
+def test_a_scheduler_that_steps_once_a_view_ends_the_run(views, plan):
+    pipe = StableDiffusionPanoramaPipeline.from_pipe(tiny.sd15())
+    pipe.vae_scale_factor = 8  # its views are 64 latents wide
+    pipe.set_progress_bar_config(disable=True)
+    text = tiny.prompt("sd15")
+
+    def run():
+        generator = torch.Generator().manual_seed(0)
+        settings = dict(height=64, width=448 + 64 * views, num_inference_steps=8, guidance_scale=5.0)
+        return [pipe(**text, **settings, generator=generator, output_type="latent").images]
+
+    plain = run()
+    found = hybrid(pipe, run, {"plan": PLAN}, simulate=True)
+    assert found.report["plan"] == plan
+    assert (far(found.latents, plain) < 1e-5) == (views == 2)
+    assert ["several times at timestep" in text for text in found.logged] == [True] * (views == 2)
+
+
 # --- branches of two sizes
 
 
@@ -454,7 +545,7 @@ class Mixer(torch.nn.Module):
 
 
 class Unlike(DiffusionPipeline):
-    """Its cond has places for the text in front, and these are what it weighs, or the picture's."""
+    """Its cond has places for the text in front, and these are what it weighs, or the picture's; or a batch (None)."""
 
     def __init__(self, transformer, unconditional_transformer, scheduler):
         super().__init__()
@@ -462,13 +553,19 @@ class Unlike(DiffusionPipeline):
         self.register_modules(**modules, scheduler=scheduler)
 
     @torch.no_grad()
-    def __call__(self, places):
+    def __call__(self, places, streams=2, steps=8, copies=False):
         latents = torch.randn(1, 16, 4, generator=torch.Generator().manual_seed(0))
-        self.scheduler.set_timesteps(8)
+        self.scheduler.set_timesteps(steps)
+        scheduler = copy.deepcopy(self.scheduler) if copies else self.scheduler
         for time in self.scheduler.timesteps:
-            cond = self.transformer(torch.cat([torch.zeros(1, 12, 4), latents], dim=1), time)[0][:, places]
-            uncond = self.unconditional_transformer(latents, time)[0]
-            latents = self.scheduler.step(uncond + 5 * (cond - uncond), time, latents, return_dict=False)[0]
+            if places is None:
+                batch = self.transformer(torch.cat([latents] * streams), time, torch.eye(streams))[0]
+                uncond, cond, *others = batch.chunk(streams)
+                uncond = uncond - sum(0.3 * (cond - other) for other in others)
+            else:
+                cond = self.transformer(torch.cat([torch.zeros(1, 12, 4), latents], dim=1), time)[0][:, places]
+                uncond = self.unconditional_transformer(latents, time)[0]
+            latents = scheduler.step(uncond + 5 * (cond - uncond), time, latents, return_dict=False)[0]
         return latents
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import tiny
 import torch
 from of_diffusers import (
+    AnimateDiffPipeline,
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
     AutoencoderDC,
@@ -42,10 +43,14 @@ from of_diffusers import (
     StableDiffusionAdapterPipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPAGPipeline,
+    StableDiffusionSAGPipeline,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPAGPipeline,
     T2IAdapter,
+    TextToVideoSDPipeline,
+    UNet3DConditionModel,
+    UNetMotionModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -336,6 +341,35 @@ def z_image() -> ZImagePipeline:
     return ZImagePipeline(transformer=transformer, scheduler=scheduler, vae=tiny.vae(16), **TEXTLESS)
 
 
+def sag() -> StableDiffusionSAGPipeline:
+    sd15 = tiny.sd15()
+    unet = tiny.unet(**{**sd15.unet.config, "attention_head_dim": 4})
+    return StableDiffusionSAGPipeline.from_pipe(sd15, unet=unet)
+
+
+def text_to_video() -> TextToVideoSDPipeline:
+    """Its scheduler gets the frames as further samples."""
+    blocks = dict(down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"))
+    blocks |= dict(up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"), attention_head_dim=4)
+    return _of_sd15(TextToVideoSDPipeline, UNet3DConditionModel(**_VIDEO_UNET, **blocks))
+
+
+def animatediff() -> AnimateDiffPipeline:
+    """Its texts are repeated for each frame."""
+    blocks = dict(down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"), num_attention_heads=2)
+    blocks |= dict(up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"), motion_num_attention_heads=2)
+    return _of_sd15(AnimateDiffPipeline, UNetMotionModel(**_VIDEO_UNET, **blocks), motion_adapter=None)
+
+
+_VIDEO_UNET = dict(sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
+_VIDEO_UNET |= dict(in_channels=4, out_channels=4, cross_attention_dim=TEXT)
+
+
+def _of_sd15(kind: type, unet: torch.nn.Module, **more: object) -> DiffusionPipeline:
+    sd15 = tiny.sd15()
+    return kind(vae=sd15.vae, scheduler=sd15.scheduler, unet=unet, **TEXTLESS, **more)
+
+
 def instruct_pix2pix() -> StableDiffusionInstructPix2PixPipeline:
     sd15 = tiny.sd15()
     unet = tiny.unet(**{**sd15.unet.config, "in_channels": 8})
@@ -469,6 +503,10 @@ CASES: dict[str, Case] = {
         instruct_pix2pix,
         lambda n: dict(image=_picture(n), guidance_scale=5.0, image_guidance_scale=1.5, **_prompt(n)),
     ),
+    # Its attention keeps maps, of which the input of the step's second call is made.
+    "sd15 sag": _case(sag, lambda n: _sd15(n, sag_scale=0.75)),
+    "text to video": _case(text_to_video, lambda n: _still(num_frames=3, **_prompt(n))),
+    "animatediff": _case(animatediff, lambda n: _still(num_frames=3, **_prompt(n))),
     "ltx2": _case(ltx2, _ltx2),
     "sd3 skip layers": _case(
         tiny.sd3,

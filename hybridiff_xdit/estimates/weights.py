@@ -82,7 +82,9 @@ def dots(output: torch.Tensor, sample: torch.Tensor, streams: Sequence[torch.Ten
 
 def _crop(stream: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:
     if stream.numel() == output.numel():
-        return stream
+        # Frames of [B, C, F, H, W] may be the scheduler's batch, [B F, C, H, W].
+        is_folded = stream.ndim == output.ndim + 1 and len(stream) != len(output)
+        return stream.transpose(1, 2) if is_folded else stream
     if stream.ndim != output.ndim or any(a < b for a, b in zip(stream.shape, output.shape, strict=True)):
         return None
     return stream[tuple(map(slice, output.shape))]

@@ -22,8 +22,8 @@ from ..trees import PLAIN
 
 Inputs = dict[str, Any]
 
-#: Parts that a batch may have: two branches, three or four streams of guidance.
-_COUNTS = (2, 3, 4)
+#: Parts that a batch may have: branches and further streams. (Four parts are two first, of which more is known later.)
+_COUNTS = (2, 3, 5)
 
 
 @dataclass(frozen=True)
@@ -131,11 +131,13 @@ def count_parts(call: Call) -> int:
 
     Reads the values: on a GPU the host waits.
     """
-    for count in _COUNTS:
-        size, rest = divmod(call.batch, count)
-        if not rest and size and all(_is_same_samples(call.latents, i * size, size) for i in range(1, count)):
-            return count
-    return 1
+    return next((count for count in _COUNTS if has_parts(call, count)), 1)
+
+
+def has_parts(call: Call, count: int) -> bool:
+    """Whether so many equal parts of a batch share their latents. Reads the values, as `count_parts`."""
+    size, rest = divmod(call.batch, count)
+    return not rest and size > 0 and all(_is_same_samples(call.latents, i * size, size) for i in range(1, count))
 
 
 def _is_same_samples(latents: Any, start: int, size: int) -> bool:
@@ -147,8 +149,8 @@ def _is_same_samples(latents: Any, start: int, size: int) -> bool:
 def part(call: Call, index: int, count: int) -> Call:
     """The ``index``-th of the ``count`` equal parts of a batch, as a call of its own.
 
-    Tensors that have the batch's length are cut. So are, where samples are entries of lists, lists of that length. All
-    else is for every sample.
+    Tensors that have the batch's length are cut. So are texts of each frame, and where samples are entries of lists,
+    lists of that length. All else is for every sample.
     """
     if count == 1:
         return call
@@ -165,6 +167,9 @@ def part(call: Call, index: int, count: int) -> Call:
         return {key: cut(item) for key, item in value.items()} if isinstance(value, dict) else value
 
     inputs = {name: cut(value) for name, value in call.inputs.items()}
+    texts = call.inputs.get("encoder_hidden_states")  # [B, S, C], or [B F, S, C]: AnimateDiff
+    if isinstance(texts, torch.Tensor) and texts.ndim == 3 and len(texts) > batch and len(texts) % batch == 0:
+        inputs["encoder_hidden_states"] = texts.chunk(count)[index]
     return replace(call, inputs=inputs)
 
 

@@ -138,6 +138,8 @@ def _respond(
     sample = torch.full((count, 1, 1, 1), start, dtype=torch.float64)
     inputs = torch.zeros(count, dtype=torch.float64)
     before: torch.Tensor | None = None
+    # Beside the prediction such a denoiser gives a variance, of as many channels.
+    channels = 2 if str(copied.config.get("variance_type")).startswith("learned") else 1
     dtype = copied.timesteps.dtype
     with torch.random.fork_rng(devices=[]):  # noise without a generator comes from the global one
         torch.default_generator.manual_seed(0)  # the CPU's alone: torch.manual_seed would reseed every GPU's too
@@ -145,8 +147,8 @@ def _respond(
         for i, time in enumerate(run):
             at = torch.tensor(time, dtype=dtype)
             inputs[i] = _scaled(copied, sample, at)[i].item()
-            prediction = torch.zeros_like(sample)
-            prediction[i] = impulse
+            prediction = torch.zeros(count, channels, 1, 1, dtype=sample.dtype)
+            prediction[i, 0] = impulse
             if "old_pred_original_sample" in accepted:  # CogVideoX's DPM solver keeps its history in its caller
                 given |= {"old_pred_original_sample": before, "timestep_back": torch.tensor(run[i - 1]) if i else None}
             stepped = copied.step(model_output=prediction, timestep=at, sample=sample, return_dict=False, **given)

@@ -6,12 +6,42 @@ from collections.abc import Hashable
 from enum import Enum
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..trees import modules_of
+from ..trees import PLAIN, modules_of
 
 #: Whose attention processors are known to keep the samples of a batch apart.
 _KNOWN = ("diffusers", "xfuser", "hybridiff_xdit")
+#: Where processors are that keep what they see for the pipeline (SAG, Attend-and-Excite, LEDITS++), or have the frames
+#: of a batch see one another (Text2Video-Zero).
+_STORING = "diffusers.pipelines."
+#: Denoisers that evaluate the samples of a batch apart, as was tried. Of others, a run tries it.
+_APART = {
+    "AuraFlowTransformer2DModel",
+    "CogVideoXTransformer3DModel",
+    "CogView3PlusTransformer2DModel",
+    "EasyAnimateTransformer3DModel",
+    "HunyuanDiT2DModel",
+    "I2VGenXLUNet",
+    "LTX2VideoTransformer3DModel",
+    "LTXVideoTransformer3DModel",
+    "LatteTransformer3DModel",
+    "LuminaNextDiT2DModel",
+    "MochiTransformer3DModel",
+    "PRXTransformer2DModel",
+    "PixArtTransformer2DModel",
+    "SD3Transformer2DModel",
+    "SanaTransformer2DModel",
+    "SanaVideoTransformer3DModel",
+    "StableAudioDiTModel",
+    "UNet2DConditionModel",
+    "UNet3DConditionModel",
+    "UNetMotionModel",
+    "ZImageTransformer2DModel",
+}
+#: Those that do not: OmniGen gives all the first one's positions, HiDream takes texts with the batch in another place.
+_SEEING = {"OmniGenTransformer2DModel", "HiDreamImageTransformer2DModel"}
 
 
 class Coupling(Enum):
@@ -19,18 +49,54 @@ class Coupling(Enum):
 
     NONE = "none"
     UNKNOWN = "unknown"  #: an attention processor of somebody's own: to be tried out
+    SEEING = "seeing"  #: the denoiser evaluates its samples together
     COUPLED = "coupled"  #: perturbed-attention guidance, whose processors cut the batch themselves
+    STORING = "storing"  #: of the whole batch something is kept, which the pipeline reads before its next call
 
 
 def coupling_of(denoiser: nn.Module) -> Coupling:
-    """What the attention processors of a denoiser tell."""
-    found = Coupling.NONE
+    """What is known of a denoiser and its attention processors."""
+    found = Coupling.SEEING if _SEEING & _names(denoiser) else Coupling.NONE
     for _, processor in attention_of(denoiser):
         if "PAG" in type(processor).__name__:
             return Coupling.COUPLED
-        if type(processor).__module__.partition(".")[0] not in _KNOWN:
+        if type(processor).__module__.startswith(_STORING):
+            return Coupling.STORING
+        if _is_own(processor) and found is Coupling.NONE:
             found = Coupling.UNKNOWN
     return found
+
+
+def is_apart(denoiser: nn.Module) -> bool:
+    """Whether the denoiser is known to evaluate the samples of a batch apart, by its class."""
+    return bool(_APART & _names(denoiser))
+
+
+def _names(denoiser: nn.Module) -> set[str]:
+    return {cls.__name__ for cls in type(getattr(denoiser, "_orig_mod", denoiser)).__mro__}
+
+
+def memory_of(denoiser: nn.Module) -> Hashable:
+    """What attention processors of somebody's own keep: equal where an evaluation has left nothing there."""
+    own = (processor for _, processor in attention_of(denoiser) if _is_own(processor))
+    return tuple(map(_memory, own))
+
+
+def _is_own(processor: Any) -> bool:
+    return type(processor).__module__.partition(".")[0] not in _KNOWN
+
+
+def _memory(value: Any, depth: int = 3) -> Hashable:
+    if isinstance(value, PLAIN):
+        return repr(value)
+    if isinstance(value, torch.Tensor):
+        return id(value), value._version
+    if depth and isinstance(value, list | tuple | dict):
+        items = value.items() if isinstance(value, dict) else value
+        return len(value), tuple(_memory(item, depth - 1) for item in items)
+    if depth and hasattr(value, "__dict__") and not isinstance(value, nn.Module | type):
+        return id(value), tuple((name, _memory(item, depth - 1)) for name, item in vars(value).items())
+    return id(value)
 
 
 def state_of(denoiser: nn.Module) -> Hashable:

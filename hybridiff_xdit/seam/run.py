@@ -25,7 +25,7 @@ from ..evaluate.streams import LEFT, RUNNING, Asked, Streams, deal
 from ..schedule.plan import FULL, PIPELINED, SKIPPED, StepKind
 from ..schedule.policies import make_policy
 from ..schedule.sampler import Sampler, read_sampler
-from .coupling import Coupling, attention_of, coupling_of, moving_weights, state_of
+from .coupling import Coupling, attention_of, coupling_of, is_apart, memory_of, moving_weights, state_of
 from .pattern import Pattern, compare
 from .pending import Promise
 from .signals import FAILED, Signals
@@ -36,6 +36,14 @@ COUPLED = {torch.float32: 1e-3, torch.float64: 1e-6}
 COUPLED_HALF = 0.05
 
 
+#: Why a batch is evaluated whole.
+_TOGETHER = {
+    Coupling.COUPLED: "its attention processors (perturbed-attention guidance) cut the batch themselves",
+    Coupling.SEEING: "it evaluates the samples of a batch together",
+}
+
+#: Calls of a first step that are taken for one: it has tiles, at most.
+_MOST_CALLS = 64
 #: Patterns that are kept for later runs: of a few sizes.
 _MOST_PATTERNS = 7
 
@@ -50,6 +58,7 @@ class Setting:
         executor: evaluates stages; None where no step is PIPELINED.
         warn: logs a warning, each text once.
         earlier: patterns of several calls, as finished runs had them; the same on all ranks.
+        tried: kinds of calls whose samples were evaluated apart as in their batch.
         may_guidance_change: whether the pipeline was called with a callback, which may change w on any step.
     """
 
@@ -58,6 +67,7 @@ class Setting:
     executor: Executor | None
     warn: Callable[[str], None]
     earlier: list[Pattern] = field(default_factory=list)
+    tried: set[Any] = field(default_factory=set)
     may_guidance_change: bool = False
 
 
@@ -91,6 +101,7 @@ class Run:
         self._branches: dict[Branch, Call] = {}  # of the last step with stages, or of the run's first
         self._executor: Executor | None = None  # while steps of this pattern may be split
         self._whole = ""  # why not, where that is the denoiser's affair
+        self._stepped: float | None = None  # timestep of the last step
         self._last_staged = 0  # the last FULL step of more than two stages
         self._device: torch.device | None = None
         begin = getattr(scheduler, "begin_index", None)
@@ -153,9 +164,16 @@ class Run:
         Raises:
             RunOver: the ranks drifted apart, or one has left.
         """
-        self.now.calls.append(call)
         self._device = call.tensors[0].device
+        if len(self.now.calls) == _MOST_CALLS and not self.step:
+            self.setting.warn(
+                "hybrid-cond: this pipeline does not step its scheduler, but perhaps a copy of it: all is evaluated "
+                "whole on every rank."
+            )
+            self.now, self.num_steps = Step(), 0
+        self.now.calls.append(call)
         if self.step >= self.num_steps:  # more than the scheduler has timesteps for
+            self.now.calls.clear()
             return call.evaluate(**call.inputs)
         if (index := len(self.now.calls) - 1) > 0:
             with torch.profiler.record_function(f"step {self.step} {self._kind_now.name}, call {index + 1}"):
@@ -350,11 +368,17 @@ class Run:
             self._promised, self._promises = earlier, []
             return self._promise(0, call, earlier)
         count, state = count_parts(call), state_of(call.denoiser)
-        is_shared = streams.is_apart or streams.comm.size > 1
-        coupling = coupling_of(call.denoiser) if count > 1 and is_shared else Coupling.NONE
+        coupling = coupling_of(call.denoiser)
+        whole: list[Any] = []
+        if coupling in (Coupling.UNKNOWN, Coupling.STORING):
+            before = memory_of(call.denoiser)
+            (whole,) = streams.evaluate([Asked(call, count)])
+            if coupling is Coupling.STORING or memory_of(call.denoiser) != before:
+                return self._learn_storing(call, whole, state)
+        is_shared = count > 1 and (streams.is_apart or streams.comm.size > 1)
         owners = None
-        if coupling is Coupling.COUPLED:
-            self._warn_whole(call, "its attention processors (perturbed-attention guidance) cut the batch themselves")
+        if coupling in _TOGETHER and is_shared:
+            self._warn_whole(call, _TOGETHER[coupling])
         else:
             owners = deal([1.0] * count, streams.ranks) if count > 1 else None
             if count == 2 and owners is not None:  # most batches are [uncond, cond]
@@ -364,14 +388,30 @@ class Run:
             found = self._staged(self._executor, [structure] * count)
         else:
             owners, found = self._learn_apart(call, count, owners)
-        if coupling is Coupling.UNKNOWN and owners is not None:
-            (whole,) = streams.evaluate([Asked(call, count)])
+        is_new = not is_apart(call.denoiser) and call.kind not in self.setting.tried
+        if is_shared and owners is not None and (coupling is Coupling.UNKNOWN or is_new):
+            (whole,) = (whole,) if whole else streams.evaluate([Asked(call, count)])
             if _differ(whole, found, Structure(whole[0], call.is_listed)):
-                self._warn_whole(call, "an attention processor lets the samples of its batch see one another")
+                who = "an attention processor" if coupling is Coupling.UNKNOWN else "it"
+                self._warn_whole(call, f"{who} lets the samples of its batch see one another")
                 owners, found = None, whole
+            else:
+                self.setting.tried.add(call.kind)
         if owners is None:
             self._release_executor()
         self.now.note(found, state, owners is not None or count == 1)
+        return self.now.answer(0)
+
+    def _learn_storing(self, call: Call, streams: list[Any], state: Any) -> Any:
+        """Take what a call was evaluated to whose processors keep something of it that the pipeline may read."""
+        self._announce(call)
+        if self.setting.streams.ranks > 1 or not self.setting.config.is_exact:
+            self.setting.warn(
+                f"hybrid-cond: {type(call.denoiser).__name__} is evaluated whole on every rank, call by call, and "
+                "every step is FULL, since its attention processors keep something of what they see."
+            )
+        self.now.is_storing = True
+        self.now.note(streams, state, False)
         return self.now.answer(0)
 
     def _learn_apart(
@@ -556,13 +596,15 @@ class Run:
             return False
         if self._promised is not None:
             self._keep_promises(now)
+        if self._is_repeated(timestep):
+            return self._end_at(timestep)
         now.end()
         is_new = pattern is None or now.is_changed or len(now.calls) != len(pattern.slots)
         if is_new:
             if pattern is not None:
                 self._forget()
             if self._kind_now is FULL:
-                pattern = now.learn(len(sample), self.setting.streams.ranks, partial(self._warn_whole, now.calls[-1]))
+                pattern = now.learn(sample, self.setting.streams.ranks, partial(self._warn_whole, now.calls[-1]))
                 self._learnt.append(pattern)
             else:
                 pattern = None
@@ -591,6 +633,28 @@ class Run:
         if pattern is not None and is_new and self.step < self.num_steps:
             self._prepare_later(pattern, now.calls)
         return self.step == self.num_steps
+
+    def _is_repeated(self, timestep: Any) -> bool:
+        """Whether the scheduler steps once more at the timestep of the step before, where it has another one for it."""
+        at, before = float(self.on_host(torch.as_tensor(timestep))), self._stepped
+        self._stepped = at
+        step = self._start + self.step
+        times = self.scheduler.timesteps
+        return self.step > 0 and at == before and bool(times[step] != times[step - 1])
+
+    def _end_at(self, timestep: Any) -> bool:
+        """End the run before its second step, where its steps are not the scheduler's: the rest is evaluated plainly.
+
+        Raises:
+            ValueError: the step has been estimated, from another one of the same timestep.
+        """
+        why = f"this pipeline steps its scheduler several times at timestep {float(timestep):g} (views of a panorama)"
+        if self._kind_now is not FULL:
+            with self.signals.together():
+                raise ValueError(f"hybrid-cond: {why}, so that no step can be estimated. Use --hybrid_policy cfg.")
+        self.setting.warn(f"hybrid-cond: {why}: all that follows is evaluated whole on every rank.")
+        self.num_steps = self.step
+        return True
 
     def _plan_again(self, timestep: Any, extra: dict[str, Any]) -> None:
         """Plan the run anew if its first step tells more than was known before it."""

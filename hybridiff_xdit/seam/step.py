@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..evaluate.calls import Call, Structure, count_parts, join, split
+import torch
+
+from ..evaluate.calls import Call, Structure, has_parts, join, split
 from ..evaluate.streams import deal
 from .pattern import Pattern, Slot, Template
 
@@ -21,6 +23,7 @@ class Step:
         self.may_deal: list[bool] = []  # whether the streams of a call may be evaluated apart
         self.is_changed = False  # whether a call was not as the pattern had it
         self.is_unforetold = False  # whether that is the pipeline's way: its pattern was never as foretold
+        self.is_storing = False  # whether a call leaves something that the pipeline may read before the next one
         self.has_exchanged = False  # whether the ranks have exchanged what this step's kind has them exchange
 
     def hand(self, pattern: Pattern, streams: list[Any], true: Sequence[Any] = ()) -> None:
@@ -62,22 +65,24 @@ class Step:
         """The streams of a FULL step as they were evaluated."""
         return [stream for streams in [*self.true, *self.outputs[len(self.true) :]] for stream in streams]
 
-    def learn(self, batch: int, ranks: int, warn: Callable[[str], None]) -> Pattern:
+    def learn(self, sample: torch.Tensor, ranks: int, warn: Callable[[str], None]) -> Pattern:
         """What the step, which is over, tells of the next.
 
         Args:
-            batch: pictures of the scheduler's sample.
+            sample: the scheduler's.
             ranks: to which streams are dealt out.
             warn: told why a call has to be evaluated whole on every rank.
         """
-        calls = self.calls
+        calls, batch = self.calls, len(sample)
         templates = [None, *(Template(calls[0], call) for call in calls[1:])]
         is_foretold = all(template is None or template.is_foretold for template in templates)
         by_denoiser: dict[int, Any] = {}
         for call, state in zip(calls, self.states, strict=False):
             if state is not None:  # it was evaluated as it came
                 is_foretold &= by_denoiser.setdefault(id(call.denoiser), state) == state
-        if not is_foretold:
+        if self.is_storing:
+            is_foretold = False
+        elif not is_foretold:
             warn("what a later call does is decided after the first one (a cache, or skipped layers)")
         elif self.is_unforetold:
             warn("what a later call of a step is given is not known when the first one is made")
@@ -85,10 +90,10 @@ class Step:
         is_estimable, structures = True, []
         for i, call in enumerate(calls):
             count = len(self.outputs[i])
-            if count * batch != call.batch:  # parts that only looked alike, or more of them than are alike
+            if not _is_batch(call, count, sample):  # parts that only looked alike, or more of them than are alike
                 output = self.answer(i)
                 count = call.batch // batch if call.batch % batch == 0 else 1
-                count = count if count == count_parts(call) else 1
+                count = count if has_parts(call, count) else 1
                 is_estimable &= count * batch == call.batch
                 self.outputs[i] = split(output, count, call.is_listed)
             structures.append([Structure(stream, call.is_listed) for stream in self.outputs[i]])
@@ -108,3 +113,10 @@ class Step:
             owners = tuple(next(dealt) for _ in found) if ok and dealt else None
             slots.append(Slot(call.kind, owners, found, template, ok))
         return Pattern(slots, is_foretold, is_estimable)
+
+
+def _is_batch(call: Call, count: int, sample: torch.Tensor) -> bool:
+    """Whether a call has so many parts as large as the scheduler's sample, whose batch may hold the frames too."""
+    if count * len(sample) == call.batch:
+        return True
+    return count > 1 and not call.is_listed and call.latents.numel() == count * sample.numel()
