@@ -101,7 +101,7 @@ class Run:
         self._branches: dict[Branch, Call] = {}  # of the last step with stages, or of the run's first
         self._executor: Executor | None = None  # while steps of this pattern may be split
         self._whole = ""  # why not, where that is the denoiser's affair
-        self._stepped: float | None = None  # timestep of the last step
+        self._first: float | None = None  # timestep of the first step
         self._last_staged = 0  # the last FULL step of more than two stages
         self._device: torch.device | None = None
         begin = getattr(scheduler, "begin_index", None)
@@ -635,12 +635,13 @@ class Run:
         return self.step == self.num_steps
 
     def _is_repeated(self, timestep: Any) -> bool:
-        """Whether the scheduler steps once more at the timestep of the step before, where it has another one for it."""
-        at, before = float(self.on_host(torch.as_tensor(timestep))), self._stepped
-        self._stepped = at
-        step = self._start + self.step
+        """Whether the second step is at the timestep of the first, where the scheduler has another one for it."""
+        if self.step > 1:
+            return False
+        at, before = float(self.on_host(torch.as_tensor(timestep))), self._first
+        self._first = at
         times = self.scheduler.timesteps
-        return self.step > 0 and at == before and bool(times[step] != times[step - 1])
+        return self.step == 1 and at == before and bool(times[self._start] != times[self._start + 1])
 
     def _end_at(self, timestep: Any) -> bool:
         """End the run before its second step, where its steps are not the scheduler's: the rest is evaluated plainly.
