@@ -359,6 +359,14 @@ def test_a_graph_is_of_the_state_it_was_captured_in(tape, change):
     assert len(tape) > captured
 
 
+def test_nothing_is_captured_where_attention_processors_keep_something(tape):
+    pipe = zoo_batched.CASES["sd15 sag"].build()
+    expected = zoo_batched.call(pipe, "sd15 sag")
+    applied(pipe)
+    assert [gap(zoo_batched.call(pipe, "sd15 sag"), expected) for _ in range(3)] == [0.0] * 3
+    assert not tape
+
+
 # 7: the user's random numbers.
 
 

@@ -185,6 +185,11 @@ class Graphs:
         graph.replay()
         return map_tensors(torch.clone, graph.outputs)
 
+    @property
+    def captures(self) -> bool:
+        """Whether something may be captured in this run."""
+        return self._fixed is not None
+
     def captured(self) -> dict[str, Callable[[], None]]:
         """A replay of each piece captured, the last one of a name: to be timed."""
         return {key.name: graph.replay for key, graph in self._graphs.items() if graph is not None}

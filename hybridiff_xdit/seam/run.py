@@ -410,6 +410,9 @@ class Run:
                 f"hybrid-cond: {type(call.denoiser).__name__} is evaluated whole on every rank, call by call, and "
                 "every step is FULL, since its attention processors keep something of what they see."
             )
+        graphs = self.setting.streams.graphs(call.denoiser)
+        if graphs.captures:
+            graphs.refuse("a replay would leave nothing where its attention processors keep what they see")
         self.now.is_storing = True
         self.now.note(streams, state, False)
         return self.now.answer(0)
