@@ -318,13 +318,10 @@ def solver_of(scheduler: Any, solver: str) -> Any:
             return DDIMScheduler(**kept, clip_sample=False, set_alpha_to_one=False)
         return better(**kept)
     shift = config.get("flow_shift", config.get("shift", 1.0))
+    if solver == "first" and isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return FlowMatchEulerDiscreteScheduler.from_config(config)
     if solver == "first":
-        is_euler = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
-        return (
-            FlowMatchEulerDiscreteScheduler.from_config(config)
-            if is_euler
-            else FlowMatchEulerDiscreteScheduler(shift=shift)
-        )
+        return FlowMatchEulerDiscreteScheduler(shift=shift)
     return better(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
 
 

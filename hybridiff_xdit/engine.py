@@ -175,14 +175,16 @@ class Engine:
         """The entries of a report that are the engine's to tell; see `seam.hooks.last_report`."""
         plan = Plan(self.kinds)
         stages = self.config.stages
-        bound = plan.speedup_bound(stages) if stages > 2 and plan else self._asked / (self._done or 1.0)
+        bound = 1.0  # of a run without a step
+        if plan:
+            bound = self._asked / self._done if stages == 2 else plan.speedup_bound(stages)
         return {
             "plan": str(plan),
             "discrepancy": [[step, _finite(value)] for step, value in self.discrepancy],
             "bends": [[step, *map(_finite, bend)] for step, bend in self.bends],
             "tau_1": self.policy.tau_1,
             "tau_2": self.policy.tau_2,
-            "speedup_bound": bound or 1.0,  # no step is known of
+            "speedup_bound": bound,
         }
 
     # The estimators.

@@ -42,16 +42,22 @@ def modules_of(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-def describe(value: Any, tensor: Callable[[torch.Tensor], Hashable], seen: tuple[int, ...] = ()) -> Hashable:
+def describe(
+    value: Any,
+    tensor: Callable[[torch.Tensor], Hashable],
+    seen: tuple[int, ...] = (),
+    otherwise: Callable[[Any], Hashable] | None = None,
+) -> Hashable:
     """All that a value holds but the contents of its tensors; equal where nothing differs.
 
     Args:
         value: a nest, or an object: its class and its attributes are described.
         tensor: describes a tensor.
         seen: ids of the objects that this one is in.
+        otherwise: describes an object whose state is not in attributes.
 
     Raises:
-        Indescribable: it holds an object whose state is not in attributes.
+        Indescribable: it holds such an object, and there is no ``otherwise``.
     """
     if isinstance(value, torch.Tensor):
         return tensor(value)
@@ -59,19 +65,21 @@ def describe(value: Any, tensor: Callable[[torch.Tensor], Hashable], seen: tuple
         return type(value).__name__, repr(value) if isinstance(value, slice) else value
     if id(value) in seen:
         return "within itself"
-    seen = (*seen, id(value))
+    held = partial(describe, tensor=tensor, seen=(*seen, id(value)), otherwise=otherwise)
     if isinstance(value, dict | types.MappingProxyType):
-        return tuple((describe(key, tensor), describe(item, tensor, seen)) for key, item in value.items())
+        return tuple((held(key, seen=()), held(item)) for key, item in value.items())
     if isinstance(value, list | tuple):
-        return type(value).__name__, *(describe(item, tensor, seen) for item in value)
+        return type(value).__name__, *map(held, value)
     if isinstance(value, set | frozenset):
         return tuple(sorted(map(repr, value)))
     if isinstance(value, type | types.FunctionType | types.BuiltinFunctionType | types.ModuleType | nn.Module):
         return id(value)
     if isinstance(value, partial):
-        return describe((value.func, value.args, value.keywords), tensor, seen)
+        return held((value.func, value.args, value.keywords))
     if isinstance(value, types.MethodType):
-        return id(value.__func__), describe(value.__self__, tensor, seen)
+        return id(value.__func__), held(value.__self__)
     if hasattr(value, "__dict__"):
-        return type(value).__qualname__, describe(vars(value), tensor, seen)
+        return type(value).__qualname__, held(vars(value))
+    if otherwise is not None:
+        return otherwise(value)
     raise Indescribable(f"the state of a {type(value).__name__} cannot be told")

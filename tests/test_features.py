@@ -196,8 +196,8 @@ def plans(argument, cases, *kinds):
     """
     first = {values[0]: case for case, values in reversed(cases.items())}.values()
     kinds = [(case, kind) for case in cases for kind in ("deferred", *kinds, *["PIPELINED"][: case in first])]
-    plans = [pytest.param(case, kind, id=f"{case}, {kind}") for case, kind in kinds]
-    return pytest.mark.parametrize((argument, "kind"), plans)
+    named = [pytest.param(case, kind, id=f"{case}, {kind}") for case, kind in kinds]
+    return pytest.mark.parametrize((argument, "kind"), named)
 
 
 def fields_for(plan, kind):

@@ -22,7 +22,7 @@ from ..trees import PLAIN
 
 Inputs = dict[str, Any]
 
-#: Parts that a batch may have: branches and further streams. (Four parts are two first, of which more is known later.)
+#: Parts that are looked for in a batch. Four or six are taken for two, until the scheduler's sample tells how many.
 _COUNTS = (2, 3, 5)
 
 

@@ -6,10 +6,9 @@ from collections.abc import Hashable
 from enum import Enum
 from typing import Any
 
-import torch
 from torch import nn
 
-from ..trees import PLAIN, modules_of
+from ..trees import describe, modules_of
 
 #: Whose attention processors are known to keep the samples of a batch apart.
 _KNOWN = ("diffusers", "xfuser", "hybridiff_xdit")
@@ -78,25 +77,12 @@ def _names(denoiser: nn.Module) -> set[str]:
 
 def memory_of(denoiser: nn.Module) -> Hashable:
     """What attention processors of somebody's own keep: equal where an evaluation has left nothing there."""
-    own = (processor for _, processor in attention_of(denoiser) if _is_own(processor))
-    return tuple(map(_memory, own))
+    own = [processor for _, processor in attention_of(denoiser) if _is_own(processor)]
+    return describe(own, lambda tensor: (id(tensor), tensor._version), otherwise=id)
 
 
 def _is_own(processor: Any) -> bool:
     return type(processor).__module__.partition(".")[0] not in _KNOWN
-
-
-def _memory(value: Any, depth: int = 3) -> Hashable:
-    if isinstance(value, PLAIN):
-        return repr(value)
-    if isinstance(value, torch.Tensor):
-        return id(value), value._version
-    if depth and isinstance(value, list | tuple | dict):
-        items = value.items() if isinstance(value, dict) else value
-        return len(value), tuple(_memory(item, depth - 1) for item in items)
-    if depth and hasattr(value, "__dict__") and not isinstance(value, nn.Module | type):
-        return id(value), tuple((name, _memory(item, depth - 1)) for name, item in vars(value).items())
-    return id(value)
 
 
 def state_of(denoiser: nn.Module) -> Hashable:

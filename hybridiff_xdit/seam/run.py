@@ -42,7 +42,7 @@ _TOGETHER = {
     Coupling.SEEING: "it evaluates the samples of a batch together",
 }
 
-#: Calls of a first step that are taken for one: it has tiles, at most.
+#: Calls that a first step may have. A pipeline that works in tiles makes some tens of them.
 _MOST_CALLS = 64
 #: Patterns that are kept for later runs: of a few sizes.
 _MOST_PATTERNS = 7
@@ -390,7 +390,8 @@ class Run:
             owners, found = self._learn_apart(call, count, owners)
         is_new = not is_apart(call.denoiser) and call.kind not in self.setting.tried
         if is_shared and owners is not None and (coupling is Coupling.UNKNOWN or is_new):
-            (whole,) = (whole,) if whole else streams.evaluate([Asked(call, count)])
+            if not whole:
+                (whole,) = streams.evaluate([Asked(call, count)])
             if _differ(whole, found, Structure(whole[0], call.is_listed)):
                 who = "an attention processor" if coupling is Coupling.UNKNOWN else "it"
                 self._warn_whole(call, f"{who} lets the samples of its batch see one another")
@@ -722,10 +723,6 @@ class Run:
         is_learnt = is_within and not is_due and (pattern is None or self.now.is_changed)
         step = self.step + (is_within and not is_due)
         header = torch.tensor([0, LEFT], device=self._device)
-        if (promised := self._promised) is not None:
-            asked = promised.ask([self.now.calls[0]] * len(promised.slots))
-            statuses = streams.leave(asked, promised.structures_by_call, header)
-            return set(statuses[:, 1].tolist()) == {LEFT}
         if isinstance(executor, More):
             executor.heard()
         if not (is_due or is_learnt):
@@ -734,7 +731,10 @@ class Run:
                 if kind is PIPELINED and executor is not None:
                     self._evaluate_once(step)
                 step += 1
-        if step >= self.num_steps:
+        if (promised := self._promised) is not None:  # of the present step, which is learnt
+            asked = promised.ask([self.now.calls[0]] * len(promised.slots))
+            statuses = streams.leave(asked, promised.structures_by_call, header)
+        elif step >= self.num_steps:
             statuses = torch.stack(streams.comm.all_gather(header))
         elif is_learnt or pattern is None or not (pattern.has_exchanged or isinstance(executor, More)):
             statuses = streams.announce(header)

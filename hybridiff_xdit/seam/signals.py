@@ -71,8 +71,13 @@ class Signals:
     def fail(self, error: Exception | None) -> None:
         """Keep an error of this rank's until the others are told of it; raise it where there are none."""
         self.own = error
-        if error is not None and self.streams.comm.size == 1 and self.streams.across is None:
+        if error is not None and self._is_alone:
             raise error
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether there is nobody to tell."""
+        return self.streams.comm.size == 1 and self.streams.across is None
 
     @property
     def status(self) -> int:
@@ -81,15 +86,15 @@ class Signals:
 
     def header(self, call: Call, status: int = RUNNING) -> torch.Tensor:
         """int64 [2]: a checksum of the latents, and this rank's status. (16 bytes: what follows stays aligned.)"""
-        if self.streams.comm.size == 1 and self.streams.across is None:
-            return torch.zeros(2, dtype=torch.int64)  # on the host: nobody is told
+        if self._is_alone:
+            return torch.zeros(2, dtype=torch.int64)  # on the host
         latents = checksum(call.latents)
         return torch.cat([latents, torch.full_like(latents, status or self.status)])
 
     def send(self, step: int, headers: torch.Tensor) -> None:
         """Start to bring to the host what all ranks said in an exchange."""
-        if self.streams.comm.size == 1 and self.streams.across is None and not self.pending:
-            return  # nobody else
+        if self._is_alone and not self.pending:
+            return
         drifted, statuses = (headers[:, 0] != headers[0, 0]).any(), headers[:, 1]
         # On one rank, whose header never left the host, these alone are on its GPU.
         others = torch.stack(self.pending).any() if self.pending else torch.zeros_like(drifted)

@@ -185,7 +185,8 @@ class HybridModel(xFuserModel):
 
     def _validate_args(self, input_args: dict[str, Any]) -> None:
         super()._validate_args(input_args)
-        given, read = [name for name in INPUTS if getattr(self.config, name, None) not in (None, [])], read_inputs(self)
+        given = [name for name in INPUTS if getattr(self.config, name, None) not in (None, [])]
+        read = read_inputs(self)
         if idle := [f"--{name}" for name in given if name not in read]:
             raise ValueError(f"{' and '.join(idle)}: no effect on {self.settings.model_name}. Drop what has none.")
 
