@@ -12,6 +12,7 @@ and latents come out. With ``--tiny`` they are small models of the same classes,
     cfg       every step FULL
     plan      a fixed plan: one step in five is SKIPPED, spread evenly after a warm-up: a bound of 2.5 on two ranks
     plan-40   a fixed plan: two steps in five are, a bound of 3.3
+    pipelined a fixed plan: 8-48/4 of 50 steps, 20 FULL and 30 PIPELINED, or as many of each in a run of another length
     adaptive  a target speed-up of 2.5; with random weights its choice of steps means nothing
     context   diffusers' context parallelism: Ulysses over all ranks
     ulysses   xDiT's Ulysses over all ranks
@@ -24,7 +25,7 @@ anew, warmed up by a run that ends, and measured by one whole run, or by as many
 GPU slows down under load. A run's time is that of the whole call of the pipeline, from a barrier to the end of the
 GPU's work, on the slower rank, and *loop* that of its denoising loop. All ranks measure a forward at once, each on its
 own GPU. F is the smaller of eager and graph on the slower rank, and the floor of a run is F times the forwards that a
-rank makes. The results are in DIR/modern.json, which is rewritten after each turn, and DIR/modern.md.
+rank makes if their layers are split evenly. The results are in DIR/modern.json, which is rewritten after each turn, and DIR/modern.md.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ from hybridiff_xdit.evaluate.calls import Call, count_parts, part, read_call
 from hybridiff_xdit.seam.hooks import denoiser_of
 
 FORWARDS = ("eager", "graph")
-OURS = ("cfg", "plan", "plan-40", "adaptive")
+OURS = ("cfg", "plan", "plan-40", "pipelined", "adaptive")
 XDITS = {"ulysses": "ulysses_degree", "ring": "ring_degree", "dbcache": "ulysses_degree"}
 STRATEGIES = (*FORWARDS, "one-gpu", *OURS, "context", *XDITS)
-HEAD = "model | strategy | s, median (min - max) | ms a step | of floor | its loop | over one GPU | bound | error | GiB"
+HEAD = "model | strategy | s, median (min - max) | ms a step | of floor | its loop | over one GPU | bound | error | GiB | MB sent"
 
 
 def plan_of(steps: int, share: float = 0.2) -> str:
@@ -96,6 +97,7 @@ class Found(NamedTuple):
     memory: int = 0  # most bytes reserved
     plan: str | None = None
     bound: float | None = None
+    sent: list[int] | None = None  # bytes, by rank
     refused: str | None = None
 
 
@@ -200,7 +202,7 @@ def whole_run(pipe: Any, setting: Any, call: Any, warm_up: int, where: Any, is_o
             raise
         return Found([], refused=f"{type(reason).__name__}: {reason}".splitlines()[0])
     memory = max(warm.memory, sample.memory)
-    return Found([sample.seconds], [sample.loop], memory, report.get("plan"), report.get("speedup_bound"))
+    return Found([sample.seconds], [sample.loop], memory, *map(report.get, ("plan", "speedup_bound", "bytes_sent")))
 
 
 def compare(model: str, args: argparse.Namespace, where: Any) -> Iterator[list[dict[str, Any]]]:
@@ -216,8 +218,11 @@ def compare(model: str, args: argparse.Namespace, where: Any) -> Iterator[list[d
         cond, streams = first_step(pipe, denoiser, arguments)
     facts = dict(model=model, steps=args.steps, streams=streams, ranks=dist.get_world_size())
     facts["parameters"] = sum(weight.numel() for weight in denoiser.parameters())
-    configs = {"cfg": HybridConfig(policy="cfg"), "plan": HybridConfig(plan=plan_of(args.steps))}
-    configs |= {"plan-40": HybridConfig(plan=plan_of(args.steps, 0.4)), "adaptive": HybridConfig(speedup=2.5)}
+    plans = {"plan": plan_of(args.steps), "plan-40": plan_of(args.steps, 0.4)}
+    plans["pipelined"] = f"{round(0.16 * args.steps)}-{round(0.96 * args.steps)}/4"
+    configs = {what: HybridConfig(plan=plan, stages=args.stages) for what, plan in plans.items()}
+    configs["cfg"] = HybridConfig(policy="cfg", stages=args.stages)
+    configs["adaptive"] = HybridConfig(speedup=2.5, stages=args.stages)
     latents: dict[str, torch.Tensor] = {}
     lines: dict[str, dict[str, Any]] = {}
 
@@ -244,7 +249,7 @@ def compare(model: str, args: argparse.Namespace, where: Any) -> Iterator[list[d
             what, {**facts, "strategy": what, "seconds": [], "loop": [], "by_rank": [], "memory": []}
         )
         refused = next((rank.refused for rank in ranks if rank.refused), None)  # all ranks leave it out from then on
-        line |= dict(plan=found.plan, bound=found.bound, refused=refused)
+        line |= dict(plan=found.plan, bound=found.bound, sent=found.sent, refused=refused)
         line["seconds"] += map(max, zip(*(rank.seconds for rank in ranks), strict=False))  # one may have none
         line["loop"] += map(max, zip(*(rank.loop for rank in ranks), strict=False))
         line["by_rank"].append([rank.seconds for rank in ranks])
@@ -267,10 +272,10 @@ def table(lines: list[dict[str, Any]]) -> str:
             continue
         median, is_run = medians[model, what], what not in FORWARDS
         alone = min(filter(None, (medians.get((model, name)) for name in FORWARDS)), default=None)
-        # The forwards of a rank. What splits a forward has no floor of forwards.
+        # The forwards of a rank. What splits the tokens has no floor of forwards.
         made = {"one-gpu": line["streams"] * line["steps"], **dict.fromkeys(FORWARDS, 1)}.get(what)
         if plan:
-            made = plan.count("F") * max(1, line["streams"] / line["ranks"]) + plan.count("P") / 2
+            made = line["streams"] * line["steps"] / line["bound"]
         one = medians.get((model, "one-gpu"))
         memory = [max(turns) / 2**30 for turns in zip(*line["memory"], strict=True)]
         cells = [model, f"{what} {plan or ''}".strip(), f"{median:.4g} ({min(seconds):.4g} - {max(seconds):.4g})"]
@@ -281,7 +286,9 @@ def table(lines: list[dict[str, Any]]) -> str:
         cells.append(f"{one / median:.2f}" if one and is_run else "")
         cells.append(f"{line['bound']:.2f}" if line["bound"] else "")
         cells.append(f"{line['error']:.1e}" if "error" in line else "")
-        rows.append(" | ".join([*cells, " / ".join(f"{count:.1f}" for count in memory if count)]))
+        cells.append(" / ".join(f"{count:.1f}" for count in memory if count))
+        cells.append(" / ".join(f"{count / 1e6:.0f}" for count in line["sent"] or []))
+        rows.append(" | ".join(cells))
     return "".join(f"| {row} |\n" for row in rows)
 
 
@@ -289,6 +296,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=[*FORWARDS, "one-gpu", "cfg", "plan"])
+    parser.add_argument("--stages", type=int, default=2, help="of ours, where there are more than two ranks")
     parser.add_argument("--xdit", action="store_true", help="xDiT's own denoisers, on its groups")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3, help="turns of each strategy")
