@@ -23,7 +23,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Hashable
 from contextlib import ExitStack, suppress
-from functools import wraps
+from functools import cache, wraps
 from itertools import count, pairwise
 from statistics import median
 from typing import Any, NamedTuple
@@ -307,7 +307,7 @@ def _capture(piece: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], A
     pool = pool or torch.cuda.graph_pool_handle()
     try:
         # Other threads may use the GPU meanwhile: NCCL's watchdog asks for its events.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=_capturing(stream.device), capture_error_mode="thread_local"):
             outputs = piece()
     except Exception:
         # PyTorch leaves the capture's stream current, the generator in a state for captures, and the allocator in the
@@ -321,6 +321,12 @@ def _capture(piece: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], A
             torch._C._cuda_releasePool(device, pool)  # else the graph does
         raise
     return graph.replay, outputs
+
+
+@cache
+def _capturing(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a GPU on which pieces are captured. PyTorch's own is the first GPU's, for all of them."""
+    return torch.cuda.Stream(device)
 
 
 def _state_of(denoiser: nn.Module) -> tuple[Hashable, list[nn.Module]]:

@@ -285,8 +285,11 @@ class Run:
         Raises:
             RunOver: the ranks drifted apart, or another one has left.
         """
-        if isinstance(self._executor, More) and (headers := self._executor.heard()) is not None:
-            self.signals.send(self._last_staged, headers)
+        if isinstance(self._executor, More):
+            # What was said when a step began is there long before the step is over.
+            with self.signals.beside(self._device):
+                if (headers := self._executor.heard()) is not None:
+                    self.signals.send(self._last_staged, headers)
         self.signals.read()
 
     # A FULL step as foretold.
@@ -339,8 +342,8 @@ class Run:
 
     def _staged(self, executor: More, structures: list[Structure]) -> list[Any]:
         """Both branches' predictions through the ranks' stages, in nests of these structures."""
-        self._read()
         with self.signals.together():
+            self._hear()
             predictions = executor.full(
                 self._branches,
                 self.signals.header(self.now.calls[0]),
@@ -348,6 +351,10 @@ class Run:
                 extrapolate=self._rule.extrapolates_boundary,
             )
         self.now.has_exchanged, self._last_staged = True, self.step
+        # The GPU has the evaluation to do while the host waits for what was measured before it.
+        with self.signals.together():
+            self.engine.read(keep=0)
+            self.engine.read_weights()
         self.signals.fail(executor.error)
         return [structure.fill(pred) for structure, pred in zip(structures, predictions, strict=True)]
 

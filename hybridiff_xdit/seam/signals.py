@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -120,6 +121,15 @@ class Signals:
                     "one told, so that the picture is wrong. Take hybrid-cond off, and report the pipeline."
                 )
 
+    @contextmanager
+    def beside(self, device: torch.device | None) -> Iterator[None]:
+        """On a GPU, do not wait for what it has been given to do, but for what later calls of a step were compared."""
+        if device is None or device.type != "cuda" or self.pending:
+            yield
+        else:
+            with torch.cuda.stream(_beside(device)):
+                yield
+
     def raise_if_left(self, statuses: list[int], step: int) -> None:
         comm = self.streams.comm
         gone = [rank for rank, status in enumerate(statuses) if status != RUNNING]
@@ -142,6 +152,11 @@ class Signals:
             self.is_over = True
             self.read()  # where a rank has left, what it sent meant nothing, and that is the error
             raise
+
+
+@cache
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def drifted(step: int) -> RunOver:
