@@ -25,7 +25,8 @@ anew, warmed up by a run that ends, and measured by one whole run, or by as many
 GPU slows down under load. A run's time is that of the whole call of the pipeline, from a barrier to the end of the
 GPU's work, on the slower rank, and *loop* that of its denoising loop. All ranks measure a forward at once, each on its
 own GPU. F is the smaller of eager and graph on the slower rank, and the floor of a run is F times the forwards that a
-rank makes if their layers are split evenly. The results are in DIR/modern.json, which is rewritten after each turn, and DIR/modern.md.
+rank makes if their layers are split evenly. The results are in DIR/modern.json, which is rewritten after each turn, and
+DIR/modern.md.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ FORWARDS = ("eager", "graph")
 OURS = ("cfg", "plan", "plan-40", "pipelined", "adaptive")
 XDITS = {"ulysses": "ulysses_degree", "ring": "ring_degree", "dbcache": "ulysses_degree"}
 STRATEGIES = (*FORWARDS, "one-gpu", *OURS, "context", *XDITS)
-HEAD = "model | strategy | s, median (min - max) | ms a step | of floor | its loop | over one GPU | bound | error | GiB | MB sent"
+HEAD = "model | strategy | s, median (range) | ms a step | of floor | loop | over one GPU | bound | error | GiB | MB"
 
 
 def plan_of(steps: int, share: float = 0.2) -> str:

@@ -185,6 +185,7 @@ class Engine:
             "tau_1": self.policy.tau_1,
             "tau_2": self.policy.tau_2,
             "speedup_bound": bound,
+            "estimated_error": self.policy.error,
         }
 
     # The estimators.

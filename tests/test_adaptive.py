@@ -50,6 +50,8 @@ def drive(policy, bends, w=5.0):
                 unread.append((step, 0.1, bends(step) if full > 1 else None))
             full += 1
         kinds.append(kind)
+    for late in unread:
+        policy.observe(*late)
     return str(Plan(kinds))
 
 
@@ -276,6 +278,27 @@ def test_the_best_group_is_the_best_of_all(gains, shares, bend, step, longest, t
     found = policy._best(step, bend, 4.0, price, longest)
     key = (found.kind if found.length > 1 else None, found.length)
     assert nets[key] == pytest.approx(min(nets.values()), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("fields", [dict(tolerance=0.03), dict(tolerance=0.03, kinds="FP"), dict(speedup=4.0)], ids=str)
+def test_the_error_of_a_run_is_that_of_its_groups(fields):
+    """Each with the bend of the FULL step that ends it, in which the forecast does not go."""
+    run, bends = sampler(50), [Bend(1 + step % 3, 2.0 + step % 5) for step in range(50)]
+    policy = AdaptivePolicy(run, **fields)
+    plan = drive(policy, bends.__getitem__)
+    squares = []
+    for step, length in gaps(plan):
+        ends = next((i for i in range(step + length, 48) if plan[i] == "F"), None)  # the last two are not measured
+        if length > 1 and ends is not None:
+            kind = SKIPPED if "S" in plan else PIPELINED
+            squares.append(square_of_the_error(run, step, kind, length, bends[ends], 4.0))
+    assert len(squares) > 3
+    assert policy.error == pytest.approx(math.sqrt(sum(squares)))
+
+
+def test_the_error_of_a_run_with_every_step_full_is_none():
+    policy = AdaptivePolicy(sampler(50), speedup=2.0)
+    assert drive(policy, lambda step: Bend(1.0, 1.0)) == "F" * 50 and policy.error == 0.0
 
 
 def test_equal_steps_err_as_1_4_10_20():

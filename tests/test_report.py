@@ -110,6 +110,7 @@ TYPES = {
     "tau_1": int | None,
     "tau_2": int | None,
     "speedup_bound": float,
+    "estimated_error": float | None,
     "bytes_sent": list,
     "world_size": int,
     "sequence_degree": int,
@@ -145,6 +146,7 @@ def test_report_files(pair, tmp_path, fields):
     assert [step for step, _ in report["discrepancy"]] == full
     assert all(isinstance(value, float) and 0 < value < 10 for _, value in report["discrepancy"])
     assert fields.items() <= report["config"].items() and report["config"]["report"] == str(folder)
+    assert (report["estimated_error"] is None) == (report["config"]["policy"] != "adaptive")
     assert (report["tau_1"] is None) == (report["config"]["policy"] not in ("paper", "adaptive"))
     if report["tau_1"] is not None:
         window = [i for i, kind in enumerate(str(plan)) if kind != "F"]

@@ -33,7 +33,8 @@ step whose gain is too small to carry the debt (`Sampler.carries`) leaves it to 
 :math:`\delta_b - \delta_a` on :math:`r_b (\delta_a - \delta_{a'})`, :math:`\gamma` likewise of cond, :math:`\beta` of
 the residual of delta's straight line on that of cond, :math:`\kappa` and :math:`\mu` of what FULL step :math:`a` lies
 off the line from :math:`a'` to :math:`b` on what the parabola through the one before says. Where low precision or the
-model makes delta noisy, the fit damps itself: nothing is tuned to a model.
+model makes delta noisy, the fit damps itself: nothing is tuned to a model. A bend of bfloat16 predictions is mostly
+rounding, which skipping does not add to; so what two bends in a row do not have in common is not counted (`bend`).
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ from .reuse import Known, Reuse
 from .weights import Guidance, Weights
 
 Parts = tuple[torch.Tensor, ...]  # of cond, then of the distances
+
+#: Of a bend's square, the most that is laid to rounding in bfloat16. Two bends in a row are not quite alike without it.
+MOST_ROUNDED = 0.75
 
 #: Relative change of a weight below which a debt counts as paid.
 SETTLED = 1e-3
@@ -80,15 +84,34 @@ class Deferred(Reuse):
     def bend(self, step: int, streams: Sequence[torch.Tensor]) -> Bend | None:
         last = [self._measured(step, streams)]
         for known in reversed(self._known):
-            if self._times()[known.step] not in {self._times()[other.step] for other in last} and len(last) < 3:
+            if self._times()[known.step] not in {self._times()[other.step] for other in last}:
                 last.insert(0, known)
         if len(last) < 3:
             return None
-        cond, *deltas = self._bends(last)
+        now = self._guided_bends(last[-3:])
+        squares = [part.square().flatten(1).mean(1) for part in now]
+        if streams[0].dtype is torch.bfloat16 and len(last) > 3:
+            share, before = self._rounded(last[-4:]), self._guided_bends(last[-4:-1])
+            for k, (a, b) in enumerate(zip(before, now, strict=True)):
+                rounding = share * (squares[k] - (a * b).flatten(1).mean(1))
+                squares[k] = squares[k] - torch.minimum(rounding.clamp(min=0), MOST_ROUNDED * squares[k])
+        return Bend(*(square.amax().sqrt() for square in squares))
+
+    def _guided_bends(self, known: Sequence[Known]) -> Parts:
+        """The bends of cond and of what the guidance adds to it per unit of its largest weight."""
+        cond, *deltas = self._bends(known)
         largest, most = self.guidance.largest, self.guidance.most
         parts = [weight / most * part for weight, part in zip(largest, deltas, strict=True)]
-        delta = sum(parts, torch.zeros_like(cond))
-        return Bend(*(part.square().flatten(1).mean(1).amax().sqrt() for part in (cond, delta)))
+        return cond, sum(parts, torch.zeros_like(cond))
+
+    def _rounded(self, known: Sequence[Known]) -> float:
+        """What rounding adds to a bend's square, over what it puts between this and the product with the bend before.
+
+        If it differs from one evaluation to the next, two bends in a row have it with opposite signs.
+        """
+        before, now = (self._divided(known[i : i + 3]) for i in range(2))
+        own, shared = sum(x * x for x in now), before[1] * now[0] + before[2] * now[1]
+        return own / (own - shared)
 
     def full(self, step: int, streams: Sequence[torch.Tensor]) -> Streams:
         assert self.sampler is not None
@@ -179,14 +202,18 @@ class Deferred(Reuse):
 
     def _bends(self, known: Sequence[Known]) -> Parts:
         """Second divided differences over three FULL steps; 0 where there are no three times."""
-        times = [self._times()[full.step] for full in known]
-        if len(set(times)) < 3:
+        if len({self._times()[full.step] for full in known}) < 3:
             return tuple(map(torch.zeros_like, known[-1].parts))
-        x, y, z = (1 / prod(time - other for other in times if other != time) for time in times)
+        x, y, z = self._divided(known)
         return tuple(
             torch.add(torch.add(one * x, two, alpha=y), three, alpha=z)
             for one, two, three in zip(*(full.parts for full in known), strict=True)
         )
+
+    def _divided(self, known: Sequence[Known]) -> list[float]:
+        """The weights of FULL steps, of three times, in their second divided difference."""
+        times = [self._times()[full.step] for full in known]
+        return [1 / prod(time - other for other in times if other != time) for time in times]
 
     def _fit(self) -> None:
         """Take the FULL step that is known last into the coefficients."""

@@ -35,6 +35,7 @@ class FixedPolicy:
 
     reads_bends = False
     lag = 0
+    error: float | None = None
     sampler: Sampler | None = None
     tau_1: int | None = None
     tau_2: int | None = None

@@ -131,6 +131,7 @@ class PaperPolicy:
     """
 
     reads_bends = False
+    error: float | None = None
     lag = 0  # as published
     may_pipeline = True
     sampler: Sampler | None = None

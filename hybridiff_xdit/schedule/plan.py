@@ -162,6 +162,7 @@ class Policy(Protocol):
     """Answers "what kind is step i?" from what has been measured so far, the same on every rank.
 
     Attributes:
+        error: estimate of what the steps so far have added to the latents, relative to their size; None for "unknown".
         tau_1: first step that is not FULL; None for "not yet" or "this policy has none".
         tau_2: first step after the last such.
         reads_bends: whether `observe` reads the bend.
@@ -175,6 +176,9 @@ class Policy(Protocol):
     lag: int
     may_pipeline: bool
     sampler: Sampler | None
+
+    @property
+    def error(self) -> float | None: ...
 
     @property
     def tau_1(self) -> int | None: ...

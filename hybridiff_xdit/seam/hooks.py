@@ -476,8 +476,9 @@ def last_report(pipe: Any) -> dict[str, Any] | None:
     Keys: ``model``, ``config``, ``num_steps``, ``plan`` (letters F, P and S), ``discrepancy`` (list of [step, value],
     None where it is not finite), ``bends`` (list of [step, cond, delta], see `discrepancy.Bend`; empty but for the
     adaptive policy), ``tau_1``, ``tau_2`` (None where the policy has none), ``speedup_bound`` (times what splitting a
-    branch's tokens gives), ``bytes_sent`` (one count a rank of the group, of the denoising), ``world_size``,
-    ``sequence_degree``, ``versions``.
+    branch's tokens gives), ``estimated_error`` (what the steps that were not FULL are estimated to have added to the
+    latents, relative to their size; None but for the adaptive policy), ``bytes_sent`` (one count a rank of the group,
+    of the denoising), ``world_size``, ``sequence_degree``, ``versions``.
     """
     session = _SESSIONS.get(_own(pipe))
     return None if session is None else session.report

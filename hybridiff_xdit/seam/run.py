@@ -22,6 +22,7 @@ from ..evaluate.calls import Call, Structure, count_parts, is_compiled, part, sp
 from ..evaluate.stages.executor import Branch, Executor
 from ..evaluate.stages.more import More
 from ..evaluate.streams import LEFT, RUNNING, Asked, Streams, deal
+from ..schedule.adaptive import DOUBTFUL
 from ..schedule.plan import FULL, PIPELINED, SKIPPED, StepKind
 from ..schedule.policies import make_policy
 from ..schedule.sampler import Sampler, read_sampler
@@ -702,6 +703,11 @@ class Run:
         self.signals.is_over = True
         self.remember()
         self._warn_idle()
+        if (error := self.engine.policy.error or 0.0) > DOUBTFUL:
+            self.setting.warn(
+                f"hybrid-cond: skipping is estimated to have changed the latents of this run by {error:.0%} of their "
+                "size. Fewer steps (--num_inference_steps) may be closer in the same time: lower --hybrid_speedup."
+            )
         return {**self.engine.report(), "bytes_sent": sent[:, 0].tolist()}
 
     def settle(self) -> None:
