@@ -132,6 +132,7 @@ class Drawn(NamedTuple):
     pictures: Tensor
     plans: list[str]
     bound: float
+    error: float | None = None  # as estimated, the mean over the calls
 
 
 # The points of a curve.
@@ -263,14 +264,16 @@ class Studio:
         steps = run.steps if isinstance(run, Plain) else cell.steps
         depends = run == Plain(cell.steps) or (isinstance(run, HybridConfig) and run.plan is None)
         batch = self.batch if depends else max(self.batch, PLAIN_BATCH)
-        parts, plans, bounds = [], [], []
+        parts, plans, bounds, errors = [], [], [], []
         with _applied(pipe, run, steps) as bound:
             for start in range(0, len(self.prompts), batch):
                 parts.append(self._call(pipe, cell, steps, range(start, min(start + batch, len(self.prompts)))))
                 report = last_report(pipe)
                 plans.append(report["plan"] if report else "")
                 bounds.append(report["speedup_bound"] if report else bound(cell.steps))
-        return Drawn(torch.cat(parts), plans, sum(bounds) / len(bounds))
+                errors.append(report["estimated_error"] if report else None)
+        error = None if None in errors else sum(errors) / len(errors)
+        return Drawn(torch.cat(parts), plans, sum(bounds) / len(bounds), error)
 
     def reference(self, cell: Cell, run: Plain | None = None) -> Tensor:
         """The one-GPU pictures of a cell, or of other steps, drawn once."""
@@ -369,6 +372,7 @@ def row_of(studio: Studio, cell: Cell, point: Point, is_exact: bool) -> dict[str
         "bound": round(drawn.bound, 4),
         "plan": drawn.plans[0],  # of the first batch
         "plans": len(set(drawn.plans)),  # that differ
+        "estimated_error": drawn.error,
         **measured,
         "batch": studio.batch,
         "seconds": round(time.perf_counter() - start, 2),
