@@ -67,13 +67,9 @@ EARLY = 0.2  # of a run: until then a tolerance skips nothing
 #: study's six models, with a solver of first order and with UniPC, it was 1.4e-4 to 9e-4.
 TYPICAL = 5e-4
 SETTLED = 0.35  # of a run: by then it is near that
-LATE = 0.7  # of a run: from then on it grows
+LATE = 0.78  # of a run: from then on it grows
 
 MOST = 3  # times as fast as with every step FULL: beyond this nothing was measured to be worth having
-
-#: Estimated error of a run from which on fewer steps may well be closer. They were on the one model of the study's six
-#: where it was 0.059, and on none where it was 0.033 or less.
-DOUBTFUL = 0.04
 
 LAST_FULL = 2  # steps at the end of a run
 
@@ -83,6 +79,9 @@ UNPAID = 4  # times E^2, where the end of a group cannot pay its debt
 
 #: Forwards of one branch that a step of each kind saves against a FULL step (cost model: FULL 1, PIPELINED 1/2).
 SAVES = {PIPELINED: 0.5, SKIPPED: 1.0}
+
+#: Estimated error of a run with a target, above which fewer steps were closer (the study, on models of both kinds).
+DOUBTFUL = 0.04
 
 #: Tolerance where none is given: the study in benchmarks/results/ says what it means.
 TOLERANCE = 0.01
