@@ -133,8 +133,8 @@ def test_guidance_that_grows_ends_a_group():
 
 
 def test_a_group_that_guidance_ends_gives_its_saving_back():
-    plan = plan_of(50, speedup=4.0, w=lambda step: 10.0 if step % 10 == 9 else 5.0)
-    assert saved(plan) == saved(plan_of(50, speedup=4.0)) and plan != plan_of(50, speedup=4.0)
+    plan = plan_of(50, speedup=4.5, w=lambda step: 10.0 if step % 10 == 9 else 5.0)
+    assert saved(plan) == saved(plan_of(50, speedup=4.5)) and plan != plan_of(50, speedup=4.5)
 
 
 def test_only_the_kinds_that_are_allowed():
