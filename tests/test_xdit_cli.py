@@ -499,7 +499,15 @@ def test_the_groups_check_the_degrees():
 
 
 def test_a_run_that_its_tolerance_keeps_full_says_so():
-    report = {"plan": "FFFF", "num_steps": 4, "speedup_bound": 2.0, "sequence_degree": 1, "config": {"tolerance": 0.01}}
+    report = {"plan": "FFFF", "num_steps": 4, "speedup_bound": 2.0, "estimated_error": 0.0, "sequence_degree": 1}
+    report["config"] = {"tolerance": 0.01}
     assert "4 FULL of 4 steps (nothing could be skipped within tolerance 0.01); " in output.summary(report, 4, 1.0)
     assert "(" not in output.summary({**report, "config": {"tolerance": None}}, 4, 1.0)
     assert "(" not in output.summary({**report, "plan": "FFSF"}, 4, 1.0)
+
+
+def test_a_run_tells_its_estimated_error_where_it_has_one():
+    report = {"plan": "FFSF", "num_steps": 4, "speedup_bound": 8 / 3, "sequence_degree": 1, "config": {}}
+    told = output.summary({**report, "estimated_error": 0.0123}, 4, 1.0)
+    assert told.endswith("speed-up bound 2.67 over one GPU; estimated error 1.2%; 1.00 s denoising")
+    assert "error" not in output.summary({**report, "estimated_error": None}, 4, 1.0)

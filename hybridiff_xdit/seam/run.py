@@ -706,7 +706,8 @@ class Run:
         if (error := self.engine.policy.error or 0.0) > DOUBTFUL:
             self.setting.warn(
                 f"hybrid-cond: skipping is estimated to have changed the latents of this run by {error:.0%} of their "
-                "size. Fewer steps (--num_inference_steps) may be closer in the same time: lower --hybrid_speedup."
+                "size. Fewer steps (--num_inference_steps) may be closer in the same time: lower --hybrid_speedup or "
+                "--hybrid_tolerance."
             )
         return {**self.engine.report(), "bytes_sent": sent[:, 0].tolist()}
 

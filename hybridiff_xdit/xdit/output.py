@@ -105,10 +105,11 @@ def summary(report: dict[str, Any] | None, steps: int, seconds: float) -> str:
         return f"{steps} steps; {took}"
     of = "one GPU" if report["sequence_degree"] == 1 else f"{report['sequence_degree']} GPUs that split the tokens"
     bound = f"speed-up bound {report['speedup_bound']:.2f}"
+    error = f"; estimated error {report['estimated_error']:.1%}" if report["estimated_error"] else ""
     asked = report["config"].get("tolerance")
     # Without a word a run that gains nothing would look like one that was asked for nothing.
     why = f" (nothing could be skipped within tolerance {asked:g})" if asked and set(report["plan"]) == {"F"} else ""
-    return f"{counts(report['plan'])} of {report['num_steps']} steps{why}; {bound} over {of}; {took}"
+    return f"{counts(report['plan'])} of {report['num_steps']} steps{why}; {bound} over {of}{error}; {took}"
 
 
 def counts(plan: str) -> str:
