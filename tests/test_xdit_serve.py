@@ -149,6 +149,7 @@ def test_the_picture_is_that_of_one_process(server, changes, config):
     assert answer.headers["x-hybrid-plan"] == report["plan"]
     assert ("S" in report["plan"]) == bool(changes)
     assert float(answer.headers["x-hybrid-bound"]) == pytest.approx(report["speedup_bound"], rel=1e-3)
+    assert float(answer.headers["x-hybrid-error"]) == pytest.approx(report["estimated_error"], rel=1e-3, abs=1e-9)
     assert float(answer.headers["x-hybrid-seconds"]) > 0
 
 

@@ -165,7 +165,8 @@ class Service:
         if job.is_cancelled:
             return Response(status_code=499)  # nobody reads it; it is counted
         made = job.made.result()
-        facts = {"Plan": made.plan, "Bound": made.bound and f"{made.bound:.4g}", "Seconds": f"{made.seconds:.4g}"}
+        numbers = {"Bound": made.bound, "Error": made.error, "Seconds": made.seconds}
+        facts = {"Plan": made.plan} | {name: f"{value:.4g}" for name, value in numbers.items() if value is not None}
         headers = {f"X-Hybrid-{name}": fact for name, fact in facts.items() if fact}
         return Response(made.data, media_type=made.media_type, headers=headers)
 

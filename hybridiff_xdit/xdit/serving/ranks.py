@@ -65,6 +65,7 @@ class Made:
         media_type: of the file.
         plan: a letter a step; None where every step was as without us.
         bound: of the speed-up over one GPU.
+        error: what skipping is estimated to have added to the latents, relative to their size; None where unknown.
         seconds: that the ranks took, with the texts' encoding and the VAE's decoding.
     """
 
@@ -72,6 +73,7 @@ class Made:
     media_type: str
     plan: str | None
     bound: float | None
+    error: float | None
     seconds: float
 
 
@@ -132,6 +134,7 @@ class Ranks:
             "video/mp4" if self.makes_videos else "image/png",
             report.get("plan"),
             report.get("speedup_bound"),
+            report.get("estimated_error"),
             time.perf_counter() - begin,
         )
 
