@@ -12,7 +12,7 @@ and latents come out. With ``--tiny`` they are small models of the same classes,
     cfg       every step FULL
     plan      a fixed plan: one step in five is SKIPPED, spread evenly after a warm-up: a bound of 2.5 on two ranks
     plan-40   a fixed plan: two steps in five are, a bound of 3.3
-    pipelined a fixed plan: 8-48/4 of 50 steps, 20 FULL and 30 PIPELINED, or as many of each in a run of another length
+    pipelined a fixed plan: 8-48/4 of 50 steps, 20 FULL and 30 PIPELINED; in other runs the same shares of the steps
     adaptive  a target speed-up of 2.5; with random weights its choice of steps means nothing
     context   diffusers' context parallelism: Ulysses over all ranks
     ulysses   xDiT's Ulysses over all ranks

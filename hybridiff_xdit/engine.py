@@ -165,6 +165,11 @@ class Engine:
             if self.policy.reads_discrepancy(step):
                 self.policy.observe(step, discrepancy, bend)
 
+    def read_all(self) -> None:
+        """Bring to the host all that was measured on the steps so far, as `read` and `read_weights` do."""
+        self.read()
+        self.read_weights()
+
     def read_weights(self) -> None:
         """Bring the weights of all steps so far to the host. A GPU must have work to do meanwhile."""
         for step, values, arrival in self._weighed:

@@ -105,9 +105,10 @@ class Deferred(Reuse):
         return cond, sum(parts, torch.zeros_like(cond))
 
     def _rounded(self, known: Sequence[Known]) -> float:
-        """What rounding adds to a bend's square, over what it puts between this and the product with the bend before.
+        """Rounding's part of a bend's square, over the square less the product of the bend and the one before.
 
-        If it differs from one evaluation to the next, two bends in a row have it with opposite signs.
+        Rounding differs on each of the four steps. Their weights in the two bends say what it adds to the square and
+        takes from the product.
         """
         before, now = (self._divided(known[i : i + 3]) for i in range(2))
         own, shared = sum(x * x for x in now), before[1] * now[0] + before[2] * now[1]

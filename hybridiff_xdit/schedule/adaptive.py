@@ -80,7 +80,8 @@ UNPAID = 4  # times E^2, where the end of a group cannot pay its debt
 #: Forwards of one branch that a step of each kind saves against a FULL step (cost model: FULL 1, PIPELINED 1/2).
 SAVES = {PIPELINED: 0.5, SKIPPED: 1.0}
 
-#: Estimated error of a run with a target, above which fewer steps were closer (the study, on models of both kinds).
+#: Estimated error above which a run warns. With a target, fewer steps were closer in every run of the study above it,
+#: and in none below.
 DOUBTFUL = 0.04
 
 #: Tolerance where none is given: the study in benchmarks/results/ says what it means.
@@ -188,12 +189,10 @@ class AdaptivePolicy:
                 )
         self._bends: dict[int, Bend] = {}  # by FULL step
         self._reaches: dict[int, list[float]] = {}  # see `_reach`
-        self._groups: dict[int, tuple[_Group, float]] = {}  # those with more than a FULL step, and their guidance
+        self._groups: dict[int, tuple[_Group, float]] = {}  # by FULL step: those with more than it, and their guidance
         self._group = _ALONE
         self._priced = math.inf  # guidance for which the group was chosen
         self._next_full = 0
-        self._first: int | None = None
-        self._last: int | None = None
 
     def _longest_saves(self) -> int:
         """Steps between FULL ones, where each group is as long as may be."""
@@ -205,11 +204,11 @@ class AdaptivePolicy:
 
     @property
     def tau_1(self) -> int | None:
-        return self._first
+        return next((begin + 1 for begin in self._groups), None)
 
     @property
     def tau_2(self) -> int | None:
-        return None if self._last is None else self._last + 1
+        return next((begin + group.length for begin, (group, _) in reversed(self._groups.items())), None)
 
     @property
     def error(self) -> float:
@@ -217,7 +216,7 @@ class AdaptivePolicy:
         total = 0.0
         for begin, (group, guidance) in self._groups.items():
             later = [bend for step, bend in self._bends.items() if step >= begin + group.length]
-            if later and group.length > 1:
+            if later:
                 total += self._square(later[0], group.kind, guidance) * self._reach(begin)[group.length - 2]
         return math.sqrt(total)
 
@@ -251,8 +250,6 @@ class AdaptivePolicy:
         self._next_full = step + self._group.length
         if self._group.length > 1:
             self._groups[step] = self._group, guidance
-            self._first = step + 1 if self._first is None else self._first
-            self._last = self._next_full - 1
             if self.saving_left is not None:
                 self.saving_left -= self._group.saving
 
@@ -260,9 +257,10 @@ class AdaptivePolicy:
         """Let the group end at ``step``, sooner than it was to: it was priced for less guidance than there is."""
         if self.saving_left is not None:
             self.saving_left += SAVES[self._group.kind] * (self._next_full - step)
-        begin = self._next_full - self._group.length
+        begin, _ = self._groups.popitem()
         self._group = self._group._replace(length=step - begin)
-        self._groups[begin] = self._group, self._priced
+        if self._group.length > 1:
+            self._groups[begin] = self._group, self._priced
         self._next_full = step
 
     def _choose(self, step: int, guidance: float) -> _Group:

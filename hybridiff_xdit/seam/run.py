@@ -277,8 +277,7 @@ class Run:
         """Wait for what was measured and said up to the last FULL step. Every rank reads the same values."""
         with self.signals.together():
             self._hear()
-            self.engine.read(keep=0)
-            self.engine.read_weights()
+            self.engine.read_all()
 
     def _hear(self) -> None:
         """Wait for what the ranks said up to the last FULL step. Before any exchange: a rank that has left is missing.
@@ -354,8 +353,7 @@ class Run:
         self.now.has_exchanged, self._last_staged = True, self.step
         # The GPU has the evaluation to do while the host waits for what was measured before it.
         with self.signals.together():
-            self.engine.read(keep=0)
-            self.engine.read_weights()
+            self.engine.read_all()
         self.signals.fail(executor.error)
         return [structure.fill(pred) for structure, pred in zip(structures, predictions, strict=True)]
 

@@ -123,7 +123,10 @@ class Signals:
 
     @contextmanager
     def beside(self, device: torch.device | None) -> Iterator[None]:
-        """On a GPU, do not wait for what it has been given to do, but for what later calls of a step were compared."""
+        """On a GPU, work on a stream that does not wait for what the GPU has been given to do.
+
+        Where later calls of a step have been compared, the results are on the current stream, and so is the work.
+        """
         if device is None or device.type != "cuda" or self.pending:
             yield
         else:
@@ -156,6 +159,7 @@ class Signals:
 
 @cache
 def _beside(device: torch.device) -> torch.cuda.Stream:
+    """A stream of a GPU for what is said beside its work."""
     return torch.cuda.Stream(device)
 
 
